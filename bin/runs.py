@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""Lists the runs in a folder: status, data, model, epochs, best monitored and test metric, time.
+
+    bin/runs.py results
+    bin/runs.py results --json
+    bin/runs.py results --prune          # what of finished runs could be deleted (best.pt stays)
+    bin/runs.py results --prune --yes    # deletes it
+
+Exit codes: 0 done; 2 refused.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from src import results
+from src.config import ROOT, Refused
+
+HEADER = ("run", "status", "data", "model", "epochs", "best", "test", "time")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    folder = os.environ.get("RESULTS_DIR", os.path.relpath(ROOT / "results"))
+    parser.add_argument("folder", nargs="?", default=folder, help="default: $RESULTS_DIR, results")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+    parser.add_argument("--prune", action="store_true", help="list checkpoints of finished runs")
+    parser.add_argument("--yes", action="store_true", help="with --prune: delete them")
+    arguments = parser.parse_args(argv[1:])
+    try:
+        runs = results.find_runs(arguments.folder)
+    except Refused as refusal:
+        print(f"runs.py: {refusal.message}", file=sys.stderr)
+        return 2
+    if arguments.prune:
+        prune(runs, delete=arguments.yes)
+    elif arguments.json:
+        print(json.dumps([results.overview(run) for run in runs], indent=2))
+    else:
+        rows = [HEADER, *(shown(results.overview(run)) for run in runs)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def shown(row: dict[str, Any]) -> tuple[str, ...]:
+    if "epochs" not in row:
+        return (row["run"], row["status"], "", "", "", "", "", "")
+    best = f"{row['monitor']} {row['best']:.4g}" if row["best"] is not None else ""
+    name = row["monitor"].removeprefix("val_")
+    test = f"{name} {row['test'][name]:.4g}" if row["test"] and name in row["test"] else ""
+    minutes, seconds = divmod(round(row["seconds"]), 60)
+    texts = (row["run"], row["status"], row["data"], row["model"], str(row["epochs"]))
+    return (*texts, best, test, f"{minutes}:{seconds:02}")
+
+
+def prune(runs: list[Path], *, delete: bool) -> None:
+    total = 0
+    for run in runs:
+        if (run / "FINISHED").exists() and (run / "best.pt").exists():
+            for file in (run / "checkpoint.pt", run / "checkpoint.prev.pt"):
+                if file.exists():
+                    total += file.stat().st_size
+                    print(f"{'deleted' if delete else 'would delete'} {file}")
+                    if delete:
+                        file.unlink()
+    print(f"{total / 1e6:,.1f} MB" + ("" if delete or not total else " (--yes deletes them)"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,91 @@
+"""Callbacks of others by their names: torch's LR schedulers, and Poutyne's with their prefix."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import gin
+import poutyne
+from torch.optim import lr_scheduler
+
+from src.config import Refused, nearest
+
+MONITOR = inspect.Parameter("monitor", inspect.Parameter.KEYWORD_ONLY, default="val_loss", annotation=str)
+# The base class, and those that are made from other schedulers, which a config cannot build.
+NOT_OFFERED = ("LRScheduler", "SequentialLR", "ChainedScheduler")
+# Poutyne's callbacks that remember nothing a run needs to go on.
+STATELESS = ("TerminateOnNaN", "LambdaCallback", "WandBLogger", "MLFlowLogger")
+
+
+def schedulers() -> list[str]:
+    """Names of torch's LR schedulers that Poutyne has as callbacks."""
+    return [
+        name
+        for name, scheduler in vars(lr_scheduler).items()
+        if inspect.isclass(scheduler)
+        and issubclass(scheduler, lr_scheduler.LRScheduler)
+        and name not in NOT_OFFERED
+        and not name.startswith("_")
+        and hasattr(poutyne, name)
+    ]
+
+
+def register_schedulers() -> None:
+    """Registers torch's LR schedulers with gin, as callbacks that step at the end of an epoch."""
+    for name in schedulers():
+        _register(name, "torch.optim.lr_scheduler")
+
+
+def register_poutyne(full_name: str) -> None:
+    """Registers `poutyne.X` with gin. Raises Refused if Poutyne has no such callback."""
+    name = full_name.removeprefix("poutyne.")
+    callbacks = [n for n, c in vars(poutyne).items() if inspect.isclass(c) and issubclass(c, poutyne.Callback)]
+    if name not in callbacks:
+        raise Refused(f"poutyne has no callback {name}{nearest(name, callbacks)}")
+    _register(name, "poutyne")
+
+
+def _register(name: str, module: str) -> None:
+    callback = getattr(poutyne, name)
+
+    def build(**settings: Any) -> Any:
+        return callback(**settings)
+
+    # Poutyne's schedulers take any keyword; gin is told torch's, so that names are checked.
+    build.__signature__ = _signature(name, callback)  # type: ignore[attr-defined]
+    gin.external_configurable(build, name=name, module=module)
+
+
+def _signature(name: str, callback: Callable[..., Any]) -> inspect.Signature:
+    if name not in schedulers():
+        return inspect.signature(callback)
+    parameters = list(inspect.signature(getattr(lr_scheduler, name)).parameters.values())[1:]
+    if name == "ReduceLROnPlateau":
+        parameters.append(MONITOR)
+    return inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])
+
+
+def state_dict(callback: poutyne.Callback) -> dict[str, Any]:
+    """What the callback remembers. Raises Refused if it does not say what that is."""
+    name, module = type(callback).__name__, type(callback).__module__
+    if getattr(callback, "stateless", False):
+        return {}
+    if hasattr(callback, "state_dict"):
+        # A scheduler is made when training begins.
+        return callback.state_dict() if getattr(callback, "scheduler", True) else {}
+    if type(callback) is poutyne.EarlyStopping:
+        return {k: v for k, v in vars(callback).items() if k in ("wait", "best", "stopped_epoch")}
+    if module.startswith("poutyne.") and name in STATELESS:
+        return {}
+    raise Refused(
+        f"callback {name}: give it state_dict and load_state_dict, so that a run can go on, or "
+        "say `stateless = True` in its class"
+    )
+
+
+def load_state_dict(callback: poutyne.Callback, state: dict[str, Any]) -> None:
+    """Gives the callback what `state_dict` returned."""
+    if type(callback) is poutyne.EarlyStopping:
+        vars(callback).update(state)
+    elif state:
+        callback.load_state_dict(state)

@@ -1,0 +1,80 @@
+"""What a person sees of a training: a bar on a terminal, one line an epoch everywhere."""
+
+import os
+import select
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from poutyne import Callback
+
+REFRESH_SECONDS = 0.1
+BAR_WIDTH = 24
+TIMES = ("epoch", "time", "lr", "images_per_s", "data_wait")
+
+
+class Progress(Callback):
+    """Prints a line at the end of each epoch; draws a bar meanwhile where there is a terminal.
+
+    Args:
+        terminal: file descriptor that the bar is drawn on, or None.
+        n_steps: steps an epoch.
+        batch_size: for the images a second.
+    """
+
+    stateless = True
+
+    def __init__(self, terminal: int | None, n_steps: int, batch_size: int) -> None:
+        super().__init__()
+        self.terminal = terminal
+        self.n_steps = n_steps
+        self.batch_size = batch_size
+
+    def on_epoch_begin(self, epoch_number: int, logs: dict[str, Any]) -> None:
+        self.epoch = epoch_number
+        self.began = self.drawn_at = time.monotonic()
+
+    def on_train_batch_end(self, batch_number: int, logs: dict[str, Any]) -> None:
+        if self.terminal is None:
+            return
+        now = time.monotonic()
+        if now - self.drawn_at > REFRESH_SECONDS:
+            self.drawn_at = now
+            speed = batch_number / (now - self.began)
+            left = (self.n_steps - batch_number) / speed
+            filled = BAR_WIDTH * batch_number // self.n_steps
+            self._draw(
+                f"epoch {self.epoch}/{self.params['epochs']} "
+                f"{'█' * filled}{'░' * (BAR_WIDTH - filled)} {batch_number}/{self.n_steps}  "
+                f"{speed * self.batch_size:,.0f} images/s  {clock(left)} left"
+            )
+
+    def on_valid_begin(self, logs: dict[str, Any]) -> None:
+        self._draw(f"epoch {self.epoch}/{self.params['epochs']} validation")
+
+    def _draw(self, text: str) -> None:
+        if self.terminal is None:
+            return
+        try:
+            if not select.select([], [self.terminal], [], 0)[1]:
+                return  # held by Ctrl-S, or nobody reads: the run would wait for it
+            width = os.get_terminal_size(self.terminal).columns or 80
+            os.write(self.terminal, f"\r\x1b[K{text[: width - 1]}".encode())
+        except OSError:  # the terminal is gone; the run goes on
+            self.terminal = None
+
+    def on_epoch_end(self, epoch_number: int, logs: Mapping[str, float]) -> None:
+        self._draw("")
+        left = (self.params["epochs"] - epoch_number) * logs["time"]
+        values = "  ".join(f"{k} {v:.4g}" for k, v in logs.items() if k not in TIMES)
+        print(
+            f"epoch {epoch_number}/{self.params['epochs']}  {values}  lr {logs['lr']:.3g}  "
+            f"{logs['images_per_s']:,.0f} images/s  {clock(logs['time'])}, {clock(left)} left"
+        )
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

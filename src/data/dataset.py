@@ -1,0 +1,151 @@
+"""What a data set is to the training loop, and the batches it gives."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from src.config import Refused
+from src.data.augment import Augmentation, send
+
+
+class Unavailable(Refused):
+    """Data that cannot be had now. first_available goes on to the next."""
+
+
+class TensorSplit:
+    """A split that is kept whole, as tensors on one device.
+
+    x: [N, C, H, W], uint8 or float. y: [N], int64.
+    mean, std: of each channel of x (scaled to 0..1 if uint8); the batches are normalised by them.
+    augment: functions (x, generator) -> x for training, before normalisation; see augment.py.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        augment: Sequence[Augmentation] = (),
+    ) -> None:
+        if len(x) != len(y):
+            raise ValueError(f"{len(x)} inputs but {len(y)} targets")
+        unit = 1.0 if x.is_floating_point() else 255.0
+        by_channel = (-1,) + (1,) * (x.ndim - 2)
+        centre = torch.tensor(mean or [0.0], dtype=torch.float64).view(by_channel)
+        spread = torch.tensor(std or [1.0], dtype=torch.float64).view(by_channel)
+        self.x, self.y, self.augment = x, y, tuple(augment)
+        self.scale, self.shift = (1 / (unit * spread)).float(), (-centre / spread).float()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def to(self, device: torch.device | str) -> "TensorSplit":
+        """The same split with all tensors on `device`."""
+        moved = TensorSplit(self.x.to(device), self.y.to(device), augment=self.augment)
+        moved.scale, moved.shift = self.scale.to(device), self.shift.to(device)
+        return moved
+
+    def batches(
+        self, batch_size: int, *, seed: int | None = None, epoch: int = 0, start: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches (x [B, C, H, W] float32, y [B]) of an epoch, from batch `start` on.
+
+        The last one may be smaller. seed None: in order and not augmented, for valid and test.
+        Else batch k is a pure function of (seed, epoch, k), so that there is no state to save.
+        """
+        if seed is not None:
+            order = torch.randperm(len(self), generator=_generator(seed, epoch))
+            order = send(order, self.x.device)
+        for k in range(start, -(-len(self) // batch_size)):
+            rows = slice(k * batch_size, (k + 1) * batch_size)
+            if seed is None:
+                x, y = self.x[rows], self.y[rows]
+            else:
+                x, y = self.x.index_select(0, order[rows]), self.y.index_select(0, order[rows])
+                generator = _generator(seed, epoch, k)
+                for function in self.augment:
+                    x = function(x, generator)
+            # A copy, which may be changed in place. x * scale + shift is far slower for uint8.
+            x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            yield x.mul_(self.scale).add_(self.shift), y
+
+
+def _generator(*key: int) -> Generator:
+    """A CPU generator for `key`, hashed since torch's takes only 32 bits of a seed."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return Generator().manual_seed(int.from_bytes(digest[:4]))
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set as the training loop gets it.
+
+    input_shape: of one input, (C, H, W). fingerprint: of what is really used; see fingerprint().
+    choice: the place in first_available's list, if it was chosen from one.
+    """
+
+    name: str
+    train: TensorSplit
+    valid: TensorSplit
+    test: TensorSplit
+    input_shape: tuple[int, ...]
+    n_classes: int
+    fingerprint: str
+    choice: int | None = None
+
+
+def fingerprint(*splits: TensorSplit) -> str:
+    """SHA-256 (hex) of inputs, normalisation and targets. Augmentation does not count."""
+    sha256 = hashlib.sha256()
+    for split in splits:
+        for tensor in (split.x, split.y, split.scale, split.shift):
+            sha256.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            sha256.update(tensor.contiguous().numpy().data)
+    return sha256.hexdigest()
+
+
+def stratified_split(y: Tensor, sizes: Sequence[int], *, seed: int = 0) -> list[Tensor]:
+    """Disjoint random index tensors of the `sizes`, each with the classes in y's proportions.
+
+    So is each prefix of the first. The same on every machine.
+    """
+    labels = y.numpy()
+    random = np.random.RandomState(seed)  # its numbers never change: NEP 19
+    place = np.empty(len(labels))
+    for label in np.unique(labels):  # each class is spread evenly over 0..1
+        members = random.permutation(np.flatnonzero(labels == label))
+        place[members] = (np.arange(len(members)) + random.random_sample()) / len(members)
+    order = torch.from_numpy(np.argsort(place, kind="stable"))
+    parts = [order[end - size : end] for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
+    together = torch.cat(parts)
+    assert len(together) == sum(sizes) == np.unique(together.numpy()).size, "splits overlap"
+    return parts
+
+
+def first_n(train: Tensor, n_train: int | None) -> Tensor:
+    """The first `n_train` indices (None: all). They are balanced if stratified_split made them."""
+    if n_train is not None and not 1 <= n_train <= len(train):
+        raise Refused(
+            f"n_train = {n_train}, but there are {len(train)} images for training: "
+            f"give 1 to {len(train)}, or None for all."
+        )
+    return train[:n_train]
+
+
+def data_dir() -> Path:
+    """Where data sets are kept: $DATA_DIR, or data/ in the repository."""
+    return Path(os.environ.get("DATA_DIR") or Path(__file__).parents[2] / "data")
+
+
+def shown(path: Path) -> str:
+    """`path` for a message: relative to the current folder if it lies inside."""
+    path, here = path.absolute(), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -1,0 +1,30 @@
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from textwrap import indent
+
+import gin
+
+from src.config import Refused
+from src.data.dataset import Data, Unavailable
+
+
+@gin.register
+def first_available(of: list[Callable[[], Data]]) -> Data:
+    """The first data set of the list that can be had; loudly, on stderr, if not the very first.
+
+    of: uncalled references, [@cifar10, @digits]. Raises Refused with all reasons if none can.
+    """
+    reasons = ""
+    for i, build in enumerate(of):
+        try:
+            data = replace(build(), choice=i)
+        except Unavailable as error:
+            reasons += f"{build.__name__}:\n{indent(error.message, '    ')}\n"
+            continue
+        if reasons:
+            stars = "*" * 78
+            title = f"*** TRAINING ON {data.name}, NOT ON {of[0].__name__}:"
+            print(f"{stars}\n{title}\n{reasons}{stars}", file=sys.stderr)
+        return data
+    raise Refused(f"first_available: none of {len(of)} data sets can be had.\n{reasons}".rstrip())

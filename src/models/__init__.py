@@ -1,0 +1,9 @@
+"""The models. A new one: a new file here with a class that takes input_shape and n_classes, and a
+line below. Those of torchvision are registered by name when a config asks for one.
+"""
+
+from src.models.mlp import MLP
+from src.models.resnet import ResNet18
+from src.models.simple_cnn import SimpleCNN
+
+__all__ = ["MLP", "ResNet18", "SimpleCNN"]

@@ -1,0 +1,187 @@
+"""A process's stdout and stderr as files: what is written is kept, whatever becomes of the terminal.
+
+File descriptors 1 and 2 are the files themselves, so that a SIGKILL, a crash in C or a dead terminal
+loses nothing. Another process, the follower (this file run as a script), copies them to the terminal;
+it may block or die without effect on the run.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+NAMES = ("stdout.txt", "stderr.txt")
+CLEAR_LINE = b"\r\x1b[K"
+
+
+class Output:
+    """Collects stdout and stderr in unnamed files first, in a run's folder from `move_to` on.
+
+    `terminal` is the descriptor of the user's stderr when it is a terminal, else None.
+    """
+
+    def __init__(self) -> None:
+        import faulthandler
+        import tempfile
+
+        _open_closed()
+        faulthandler.enable(2)  # a crash in C says where it was
+        self._saved = [os.dup(descriptor) for descriptor in (1, 2)]
+        self.terminal = self._saved[1] if os.isatty(self._saved[1]) else None
+        self._files = []
+        for _ in NAMES:
+            with tempfile.TemporaryFile() as file:
+                self._files.append(os.dup(file.fileno()))
+        _buffer_lines()
+        self._collect()
+        if "PYTHONBREAKPOINT" not in os.environ and all(map(os.isatty, (0, *self._saved))):
+            sys.breakpointhook = self._breakpoint
+
+    def move_to(self, folder: Path) -> None:
+        """From now on the files are the folder's, which get what was written until now, too."""
+        self._release()
+        files = []
+        for name, collected in zip(NAMES, self._files, strict=True):
+            file = os.open(folder / name, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            for block in _blocks(collected, 0):
+                _write(file, block)
+            os.close(collected)
+            files.append(file)
+        self._files = files
+        self._collect()
+
+    def close(self) -> None:
+        """Gives the terminal back, once the follower has shown what is left (2 s at most)."""
+        self._release()
+        sys.breakpointhook = sys.__breakpointhook__
+        for descriptor in (*self._files, *self._saved):
+            os.close(descriptor)
+
+    def _collect(self) -> None:
+        """Descriptors 1 and 2 are the files; the follower shows what comes from now on."""
+        _flush()
+        offsets = [os.fstat(file).st_size for file in self._files]
+        for descriptor, file in zip((1, 2), self._files, strict=True):
+            os.dup2(file, descriptor)
+        self._start_follower(offsets)
+
+    def _release(self) -> None:
+        """Descriptors 1 and 2 are what the caller gave; the follower has ended, if it can."""
+        _flush()
+        for descriptor, saved in zip((1, 2), self._saved, strict=True):
+            os.dup2(saved, descriptor)
+        # It may be blocked, dead or, after an error in move_to, stopped already.
+        with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
+            self._follower.communicate(b"stop", timeout=2)
+
+    def _start_follower(self, offsets: list[int]) -> None:
+        arguments = [str(os.getpid())]
+        for file, offset in zip(self._files, offsets, strict=True):
+            arguments += [str(file), str(offset)]
+        self._follower = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=self._saved[0],
+            stderr=self._saved[1],
+            pass_fds=self._files,
+            start_new_session=True,  # Ctrl-C at the terminal is for the run alone
+        )
+
+    def _breakpoint(self, *_: Any, **__: Any) -> None:
+        """pdb on the terminal: input() edits lines only if descriptors 0 and 1 are terminals."""
+        import pdb
+
+        @contextlib.contextmanager
+        def on_terminal() -> Iterator[None]:
+            self._release()
+            os.write(1, CLEAR_LINE)
+            try:
+                yield
+            finally:
+                self._collect()
+
+        class TerminalPdb(pdb.Pdb):
+            def interaction(self, *arguments: Any) -> None:
+                with on_terminal():
+                    super().interaction(*arguments)
+
+        # Ctrl-C still asks the run to stop once it goes on: pdb would take it over.
+        TerminalPdb(nosigint=True).set_trace(sys._getframe(1))
+
+
+def _open_closed() -> None:
+    """A descriptor closed by the caller (`bin/train.py ... >&-`) would be given to the next file."""
+    while (null := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(null, True)
+    os.close(null)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _flush() -> None:
+    """Python's and C's buffers, into the descriptors as they are now."""
+    import ctypes
+
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    ctypes.CDLL(None).fflush(None)
+
+
+def _buffer_lines() -> None:
+    """Python and C buffer whole blocks on files: after a kill the last lines would be missing."""
+    import ctypes
+
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True)
+    libc = ctypes.CDLL(None)
+    name = "__stdoutp" if sys.platform == "darwin" else "stdout"
+    libc.setvbuf(ctypes.c_void_p.in_dll(libc, name), None, 1, 0)  # 1: _IOLBF
+
+
+def _blocks(source: int, offset: int) -> Iterator[bytes]:
+    while block := os.pread(source, 1 << 16, offset):
+        offset += len(block)
+        yield block
+
+
+def _write(target: int, block: bytes) -> None:
+    while block:
+        select.select([], [target], [])  # the caller may have made it non-blocking
+        block = block[os.write(target, block) :]
+
+
+def follow(parent: int, *files_and_offsets: int) -> None:
+    """The follower: copies file 1 to stdout and file 2 to stderr until told to stop or orphaned."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # a batch system sends them to all processes
+    files = dict(zip((1, 2), files_and_offsets[::2], strict=True))
+    offsets = dict(zip((1, 2), files_and_offsets[1::2], strict=True))
+    terminals = [target for target in files if os.isatty(target)]
+    clear = CLEAR_LINE  # a progress bar may stand there, but not behind a part of a line
+    running = True
+    while running and offsets:
+        running = os.getppid() == parent and not select.select([0], [], [], 0)[0]
+        for target, offset in list(offsets.items()):
+            try:
+                for block in _blocks(files[target], offset):
+                    offsets[target] += len(block)
+                    if target in terminals:
+                        _write(target, clear + block)
+                        clear = CLEAR_LINE if block.endswith(b"\n") else b""
+                    else:
+                        _write(target, block)
+            except OSError:  # the terminal is gone, or who read the pipe
+                del offsets[target]
+        time.sleep(0.02 * running)
+
+
+if __name__ == "__main__":
+    follow(*map(int, sys.argv[1:]))

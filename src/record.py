@@ -1,0 +1,97 @@
+"""What ran: the command, the code, the packages, written into a run's folder."""
+
+import gzip
+import io
+import os
+import platform
+import shlex
+import subprocess
+import tarfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from src.config import ROOT
+
+MAX_CODE_FILE = 2**20  # bytes; larger files are data, not code
+
+
+def command(arguments: Sequence[str], folder: Path, number: int, time: str) -> str:
+    """One entry of command.sh: the directory and the variables that change what is computed, then
+    the command, all quoted. The directory is relative to the run's folder if both are in the clone.
+    """
+    here, folder = Path.cwd(), folder.resolve()
+    if here.is_relative_to(ROOT) and folder.is_relative_to(ROOT):
+        directory = f'"$(dirname "$0")"/{shlex.quote(os.path.relpath(here, folder))}'
+    else:
+        directory = shlex.quote(str(here))
+    variables = [
+        f"{name}={shlex.quote(os.environ[name])}"
+        for name in ("DATA_DIR", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+        if name in os.environ
+    ]
+    line = " ".join([*variables, shlex.join(arguments)])
+    return f"# start {number}, {time}\n(cd {directory} && {line})\n"
+
+
+def git(*arguments: str) -> str | None:
+    """What git prints in the repository, or None without git or outside a work tree."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode("utf-8", "replace")
+
+
+def git_state() -> str:
+    """Commit, branch, changed files and the diff to the commit."""
+    if git("rev-parse", "--is-inside-work-tree") is None:
+        return "not a git repository: code.tar.gz holds the code\n"
+    commit = (git("rev-parse", "HEAD") or "none yet").strip()
+    branch = (git("branch", "--show-current") or "none (detached)").strip()
+    status, diff = git("status", "--short") or "", git("diff", "HEAD") or ""
+    return f"commit {commit}\nbranch {branch}\n\n{status}\n{diff}"
+
+
+def code_files() -> dict[str, bytes]:
+    """The code as it is now: what git tracks or would, up to 1 MB a file, without results/.
+
+    Without git: the Python, gin, shell and text files of the project's own folders.
+    """
+    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    if listed is not None:
+        paths = [Path(name) for name in listed.split("\0") if name]
+    else:
+        folders = ("bin", "src", "configs", "experiments", "tests", "benchmarks")
+        files = [*ROOT.glob("*.*"), *(f for name in folders for f in (ROOT / name).rglob("*"))]
+        paths = [f.relative_to(ROOT) for f in files if "__pycache__" not in f.parts]
+    code = {}
+    runs = {path.parent for path in paths if path.name == "meta.json"}  # not code, and their HEARTBEAT is a lock
+    for path in sorted(set(paths)):
+        file = ROOT / path
+        small = file.is_file() and file.stat().st_size <= MAX_CODE_FILE
+        if small and path.parts[0] != "results" and runs.isdisjoint(path.parents):
+            code[path.as_posix()] = file.read_bytes()
+    return code
+
+
+def code_archive(code: dict[str, bytes]) -> bytes:
+    """code.tar.gz: the same files give the same bytes."""
+    archive = io.BytesIO()
+    with (
+        gzip.GzipFile(fileobj=archive, mode="wb", mtime=0, compresslevel=6) as zipped,
+        tarfile.open(fileobj=zipped, mode="w") as tar,
+    ):
+        for name, content in code.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            member.mode = 0o755 if os.access(ROOT / name, os.X_OK) else 0o644
+            tar.addfile(member, io.BytesIO(content))
+    return archive.getvalue()
+
+
+def environment() -> str:
+    """environment.txt: Python, the system, and each installed package with its version."""
+    packages = {f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions()}
+    system = f"# Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    return "\n".join([system, *sorted(packages, key=str.lower)]) + "\n"

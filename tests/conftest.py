@@ -1,0 +1,65 @@
+"""What all tests share."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # `src`, as the scripts see it
+
+# With it set, lines that a killed process had not flushed would seem safe.
+os.environ.pop("PYTHONUNBUFFERED", None)
+# Networks this small are fastest so, and several processes do not fight for the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def _command(*arguments) -> list[str]:
+    return [sys.executable, str(ROOT / "bin/train.py"), *map(str, arguments)]
+
+
+@pytest.fixture
+def train():
+    """Runs bin/train.py to its end in a process of its own."""
+
+    def run(*arguments, **options) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=300, **options)
+
+    return run
+
+
+@pytest.fixture
+def start():
+    """Starts bin/train.py; what is left of it is killed after the test."""
+    processes = []
+
+    def run(*arguments, **options) -> subprocess.Popen[str]:
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+        processes.append(subprocess.Popen(_command(*arguments), **options))
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def main():
+    """Runs a script of bin/ in this process: main("train", "run", "a.gin") gives its exit code."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+    def run(script: str, *arguments) -> int:
+        path = ROOT / "bin" / f"{script}.py"
+        spec = importlib.util.spec_from_file_location(f"bin_{script}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.main([str(path), *map(str, arguments)])
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,0 +1,184 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from src.config import Refused
+from src.data.augment import random_crop, random_flip
+from src.data.dataset import TensorSplit, data_dir, fingerprint, first_n, shown, stratified_split
+
+
+def make_split(n: int) -> TensorSplit:
+    """n random images; the target of an image is its place."""
+    x = torch.randint(256, (n, 3, 8, 8), generator=torch.Generator().manual_seed(n))
+    return TensorSplit(
+        x.to(torch.uint8),
+        torch.arange(n),
+        mean=[0.4, 0.5, 0.6],
+        std=[0.1, 0.2, 0.3],
+        augment=[random_crop(2), random_flip],
+    )
+
+
+def equal(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(xa, xb) and torch.equal(ya, yb) for (xa, ya), (xb, yb) in zip(a, b, strict=True)
+    )
+
+
+@settings(deadline=None)
+@given(
+    n=st.integers(1, 40),
+    batch_size=st.integers(1, 16),
+    seed=st.integers(0, 2**63),
+    epoch=st.integers(0, 1000),
+    start=st.integers(0, 41),
+)
+def test_batch_is_a_function_of_seed_epoch_and_place(
+    n: int, batch_size: int, seed: int, epoch: int, start: int
+) -> None:
+    split = make_split(n)
+    state = torch.get_rng_state()
+    whole = list(split.batches(batch_size, seed=seed, epoch=epoch))
+    rest = list(make_split(n).batches(batch_size, seed=seed, epoch=epoch, start=start))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert equal(rest, whole[start:])
+    sizes = [len(y) for _, y in whole]
+    assert sizes == [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
+    assert torch.cat([y for _, y in whole]).sort().values.tolist() == list(range(n))
+    for x, _ in whole:
+        assert x.dtype == torch.float32
+        assert x.is_contiguous()
+
+
+def test_epochs_and_seeds_differ_in_order_and_augmentation() -> None:
+    split = make_split(40)
+    orders = set()
+    for seed in range(5):
+        for epoch in range(5):
+            batches = split.batches(40, seed=seed, epoch=epoch)
+            orders.add(tuple(next(batches)[1].tolist()))
+    assert len(orders) == 25
+
+    split.x = split.x[:1].expand(40, -1, -1, -1)  # what is left is the augmentation
+    seen = set()
+    for epoch in range(2):
+        seen |= {tuple(x.flatten().tolist()) for x, _ in split.batches(8, seed=0, epoch=epoch)}
+    assert len(seen) == 10
+
+
+def test_without_seed_in_order_normalised_and_not_augmented() -> None:
+    split = make_split(10)
+    mean = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+    std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    before = split.x.clone()
+    batches = list(split.batches(4))
+    assert [y.tolist() for _, y in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    x = torch.cat([x for x, _ in batches])
+    torch.testing.assert_close(x, (split.x / 255 - mean) / std)
+    assert torch.equal(split.x, before)
+    assert equal(list(split.batches(4, start=2)), batches[2:])
+
+
+def test_float_data_are_normalised_as_they_are_and_not_changed() -> None:
+    x = torch.rand(6, 2, 4, 4)
+    before = x.clone()
+    (batch, _), *_ = TensorSplit(x, torch.zeros(6), mean=[0.5, 1.0], std=[2.0, 4.0]).batches(6)
+    torch.testing.assert_close(batch[:, 0], (before[:, 0] - 0.5) / 2)
+    torch.testing.assert_close(batch[:, 1], (before[:, 1] - 1) / 4)
+    (plain, _), *_ = TensorSplit(x, torch.zeros(6)).batches(6)
+    assert torch.equal(plain, before)
+    assert torch.equal(x, before)
+
+
+def test_lengths_must_agree() -> None:
+    with pytest.raises(ValueError, match="3 inputs but 2 targets"):
+        TensorSplit(torch.zeros(3, 1, 8, 8), torch.zeros(2))
+
+
+def test_moved_split_gives_the_same_batches() -> None:
+    split = make_split(20)
+    moved = split.to("cpu")
+    assert len(moved) == 20
+    assert equal(list(moved.batches(8, seed=1)), list(split.batches(8, seed=1)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_gets_the_same_batches_without_a_wait() -> None:
+    split = make_split(20)
+    on_gpu = split.to("cuda")
+    list(on_gpu.batches(8, seed=1))  # the first call may set things up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batches = list(on_gpu.batches(8, seed=1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for (x, y), (x_cpu, y_cpu) in zip(batches, split.batches(8, seed=1), strict=True):
+        torch.testing.assert_close(x.cpu(), x_cpu)
+        assert torch.equal(y.cpu(), y_cpu)
+
+
+@settings(deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 60), min_size=1, max_size=6),
+    cuts=st.lists(st.floats(0, 1), min_size=2, max_size=2).map(sorted),
+    seed=st.integers(0, 100),
+)
+def test_splits_are_stratified_disjoint_and_stable(counts: list[int], cuts: list[float], seed: int) -> None:
+    y = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+    y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))]
+    first, second = (round(cut * len(y)) for cut in cuts)
+    sizes = [first, second - first, len(y) - second]
+    parts = stratified_split(y, sizes, seed=seed)
+    assert [len(part) for part in parts] == sizes
+    assert torch.cat(parts).sort().values.tolist() == list(range(len(y)))
+    for part in [*parts, parts[0][: first // 2]]:
+        for label, count in enumerate(counts):
+            assert abs((y[part] == label).sum() - len(part) * count / len(y)) <= 2
+    again = stratified_split(y, sizes, seed=seed)
+    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+def test_split_does_not_change_between_versions() -> None:
+    """Results are comparable only as long as the splits stay."""
+    a, b = stratified_split(torch.arange(12) % 3, [8, 4])
+    assert a.tolist() == [6, 1, 5, 9, 7, 11, 3, 4]
+    assert b.tolist() == [8, 0, 10, 2]
+
+
+@pytest.mark.parametrize("n_train", [0, -1, 11])
+def test_unfit_n_train_is_refused(n_train: int) -> None:
+    with pytest.raises(Refused, match=rf"n_train = {n_train}\b.* 10 images.*give 1 to 10"):
+        first_n(torch.arange(10), n_train)
+
+
+def test_fingerprint_is_of_what_is_used() -> None:
+    split = make_split(10)
+    original = fingerprint(split)
+    assert original == fingerprint(make_split(10))
+    split.augment = ()
+    assert fingerprint(split) == original
+    split.y = split.y.flip(0)
+    assert fingerprint(split) != original
+    other_mean = TensorSplit(split.x, make_split(10).y, mean=[0.4, 0.5, 0.5], std=[0.1, 0.2, 0.3])
+    assert fingerprint(other_mean) != original
+    assert fingerprint(split, split) != fingerprint(split)
+
+
+def test_data_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    assert data_dir() == tmp_path
+    monkeypatch.setenv("DATA_DIR", "")
+    assert data_dir() == Path(__file__).parents[2] / "data"
+    monkeypatch.delenv("DATA_DIR")
+    assert data_dir() == Path(__file__).parents[2] / "data"
+
+
+def test_paths_are_shown_from_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shown(tmp_path / "data" / "a") == "data/a"
+    assert shown(Path("data")) == "data"
+    assert shown(tmp_path.parent) == str(tmp_path.parent)
