@@ -34,9 +34,8 @@ def main(argv: list[str]) -> int:
             with open(arguments.predictions, "w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 writer.writerow(["index", "label", "prediction", "probability"])
-                columns = (predictions.label, predictions.prediction, predictions.probability)
-                for index, (label, prediction, p) in enumerate(zip(*columns, strict=True)):
-                    writer.writerow([index, label, prediction, f"{p:.6f}"])
+                for index, (label, prediction, probability) in enumerate(predictions):
+                    writer.writerow([index, label, prediction, f"{probability:.6f}"])
     except (Refused, OSError) as error:
         print(f"evaluate.py: {getattr(error, 'message', error)}", file=sys.stderr)
         return 2

@@ -1,7 +1,8 @@
-"""Metrics: accuracy here, any other from torchmetrics by name."""
+"""What an epoch sums up: its loss, and metrics: accuracy here, any other from torchmetrics by name."""
 
+import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from src.config import Refused, nearest
+
+FEED_EVERY = 32  # batches; a metric costs tens of microseconds a call, whatever the batch's size
 
 
 @gin.register
@@ -37,6 +40,91 @@ class Accuracy(nn.Module):
         """Forgets what was counted."""
         self.correct.zero_()
         self.count.zero_()
+
+
+class LossList(nn.Module):
+    """The loss, with its values of the epoch: a list of detached tensors, summed once."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.reset()
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        loss: Tensor = self.function(output, y)
+        self.values.append(loss.detach())
+        self.sizes.append(len(y))
+        return loss
+
+    def read(self, begin: int = 0) -> Tensor:
+        """The values from step `begin` of the epoch on, on the CPU: waits for the device."""
+        values = self.values[begin:]
+        return torch.stack(values).cpu() if values else torch.zeros(0)
+
+    def compute(self) -> Tensor:
+        """The mean over the epoch's images."""
+        sizes = torch.tensor(self.sizes, dtype=torch.float64)
+        return (self.read().double() * sizes).sum() / sizes.sum()
+
+    def reset(self) -> None:
+        self.values: list[Tensor] = []
+        self.sizes: list[int] = []
+
+    def pending(self) -> dict[str, Any]:
+        """What a commit inside an epoch keeps."""
+        return {"values": self.read(), "sizes": list(self.sizes)}
+
+    def load_pending(self, pending: Mapping[str, Any], device: torch.device) -> None:
+        self.values = list(pending["values"].to(device))
+        self.sizes = list(pending["sizes"])
+
+
+class MetricList(nn.Module):
+    """The metrics of an epoch, fed every 32 batches on a fixed grid."""
+
+    def __init__(self, metrics: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.metrics = nn.ModuleList(metrics)
+        self.names = [str(getattr(m, "name", type(m).__name__.lower())) for m in metrics]
+        if len(set(self.names)) < len(self.names):
+            raise Refused(f"two metrics have one name: {', '.join(self.names)}: give one a scope")
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, output: Tensor, y: Tensor) -> None:
+        """output: [N, C, ...], y: [N, ...]."""
+        self.waiting.append((output, y))
+        if len(self.waiting) == FEED_EVERY:
+            self._feed()
+
+    def _feed(self) -> None:
+        if self.waiting:
+            outputs, labels = (torch.cat(column) for column in zip(*self.waiting, strict=True))
+            for metric in self.metrics:
+                metric.update(outputs, labels)  # type: ignore[operator]
+            self.waiting = []
+
+    def compute(self) -> dict[str, Tensor]:
+        """Each metric's value by its name."""
+        self._feed()
+        return {
+            name: metric.compute()  # type: ignore[operator]
+            for name, metric in zip(self.names, self.metrics, strict=True)
+        }
+
+    def reset(self) -> None:
+        self.waiting = []
+        for metric in self.metrics:
+            metric.reset()  # type: ignore[operator]
+
+    def pending(self) -> dict[str, Any]:
+        """What a commit inside an epoch keeps."""
+        waiting = [(output.cpu(), y.cpu()) for output, y in self.waiting]
+        return {"metrics": copy.deepcopy(self.metrics.state_dict()), "waiting": waiting}
+
+    def load_pending(self, pending: Mapping[str, Any], device: torch.device) -> None:
+        self.metrics.load_state_dict(pending["metrics"])
+        self.metrics.to(device)  # torchmetrics keeps the tensors it is given, on the CPU
+        self.waiting = [(output.to(device), y.to(device)) for output, y in pending["waiting"]]
 
 
 def register_torchmetric(full_name: str) -> None:

@@ -16,7 +16,7 @@ from src.config import ROOT
 MAX_CODE_FILE = 2**20  # bytes; larger files are data, not code
 
 
-def command(arguments: Sequence[str], folder: Path, number: int, time: str) -> str:
+def command(arguments: Sequence[str], folder: Path, number: int, time: str, n_threads: int) -> str:
     """One entry of command.sh: the directory and the variables that change what is computed, then
     the command, all quoted. The directory is relative to the run's folder if both are in the clone.
     """
@@ -25,12 +25,9 @@ def command(arguments: Sequence[str], folder: Path, number: int, time: str) -> s
         directory = f'"$(dirname "$0")"/{shlex.quote(os.path.relpath(here, folder))}'
     else:
         directory = shlex.quote(str(here))
-    variables = [
-        f"{name}={shlex.quote(os.environ[name])}"
-        for name in ("DATA_DIR", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-        if name in os.environ
-    ]
-    line = " ".join([*variables, shlex.join(arguments)])
+    names = [name for name in ("DATA_DIR", "CUDA_VISIBLE_DEVICES") if name in os.environ]
+    variables = [f"{name}={shlex.quote(os.environ[name])}" for name in names]
+    line = " ".join([*variables, f"OMP_NUM_THREADS={n_threads}", shlex.join(arguments)])
     return f"# start {number}, {time}\n(cd {directory} && {line})\n"
 
 
@@ -64,7 +61,7 @@ def code_files() -> dict[str, bytes]:
     else:
         folders = ("bin", "src", "configs", "experiments", "tests", "benchmarks")
         files = [*ROOT.glob("*.*"), *(f for name in folders for f in (ROOT / name).rglob("*"))]
-        paths = [f.relative_to(ROOT) for f in files if "__pycache__" not in f.parts]
+        paths = [f.relative_to(ROOT) for f in files if "__pycache__" not in f.parts and f.name != "e.local.sh"]
     code = {}
     runs = {path.parent for path in paths if path.name == "meta.json"}  # not code, and their HEARTBEAT is a lock
     for path in sorted(set(paths)):
@@ -88,6 +85,29 @@ def code_archive(code: dict[str, bytes]) -> bytes:
             member.mode = 0o755 if os.access(ROOT / name, os.X_OK) else 0o644
             tar.addfile(member, io.BytesIO(content))
     return archive.getvalue()
+
+
+def changed_files(code: dict[str, bytes], archive: Path) -> list[str]:
+    """Files of `code` that are not as in the archive; those that nothing is computed by do not count."""
+    with tarfile.open(archive) as tar:
+        before = {m.name: file.read() for m in tar.getmembers() if (file := tar.extractfile(m))}
+    return [
+        name
+        for name in sorted(code.keys() | before.keys())
+        if code.get(name) != before.get(name) and not name.startswith("tests/") and not name.endswith(".md")
+    ]
+
+
+def copy_configs(files: Sequence[Path], folder: Path) -> None:
+    """The input configs as they were; another file of the same name gets a number."""
+    folder.mkdir(exist_ok=True)
+    for file in files:
+        content, number = file.read_bytes(), 1
+        target = folder / file.name
+        while target.exists() and target.read_bytes() != content:
+            number += 1
+            target = folder / f"{file.stem}.{number}{file.suffix}"
+        target.write_bytes(content)
 
 
 def environment() -> str:

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gin
 
 from src.config import Refused
-from src.run import is_locked, read_checkpoint, read_flat, read_meta
+from src.run import is_locked, read_checkpoint, read_flat, read_meta, write
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from src.data.dataset import Data
 
 STALLED_SECONDS = 600.0
+TIMES = {"time", "images_per_s", "data_wait", "commit_s"}  # columns that no two runs share
 
 
 def find_runs(folder: str | Path) -> list[Path]:
@@ -57,6 +57,31 @@ def _existing(run: str | Path) -> Path:
     if not (Path(run) / "meta.json").is_file():
         raise Refused(f"{run}: is no run's folder: it has no meta.json")
     return Path(run)
+
+
+def first_difference(a: str | Path, b: str | Path) -> str | None:
+    """The first epoch and column where two runs' histories part, or their test metrics; None if they are equal.
+
+    Columns of times and speeds do not count.
+    """
+    rows_a, rows_b = load_history(a), load_history(b)
+    for epoch, (x, y) in enumerate(zip(rows_a, rows_b, strict=False), start=1):
+        if found := _difference(x, y):
+            return f"epoch {epoch}, {found}"
+    if len(rows_a) != len(rows_b):
+        return f"epochs: {len(rows_a)} -> {len(rows_b)}"
+    tests = [json.loads(f.read_text()) for run in (a, b) if (f := Path(run) / "eval_results.json").exists()]
+    found = _difference(*tests) if len(tests) == 2 else None
+    return f"test, {found}" if found else None
+
+
+def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
+    for key in dict.fromkeys([*a, *b]):
+        x, y = a.get(key), b.get(key)
+        if key not in TIMES and x != y and not (x != x and y != y):  # NaN is equal to NaN here
+            difference = f" ({y - x:+.3g})" if isinstance(x, float) and isinstance(y, float) else ""
+            return f"{key}: {x} -> {y}{difference}"
+    return None
 
 
 def status(run: Path) -> str:
@@ -117,41 +142,33 @@ def load_model(run: str | Path, weights: str = "best") -> "nn.Module":
     Raises:
         Refused: no run, no such weights yet, or weights that do not fit the code as it is now.
     """
+    return _load(_existing(run), weights)[0]
+
+
+def _load(run: Path, weights: str) -> tuple["nn.Module", dict[str, Any]]:
     import torch
 
-    from src.training_loop import build
+    from src.training_loop import build, refuse_other_shapes
 
     file = {"best": "best.pt", "last": "checkpoint.pt"}.get(weights)
     if file is None:
         raise Refused(f"weights must be 'best' or 'last', not {weights!r}")
-    path = _existing(run)
-    if not (path / file).exists():
-        raise Refused(f"{path}: has no {file} yet: no epoch is finished")
-    data = read_meta(path)["data"]
-    with _configured(path) as settings, torch.random.fork_rng(devices=[]):
+    if not (run / file).exists():
+        raise Refused(f"{run}: has no {file} yet: no epoch is finished")
+    data, state = read_meta(run)["data"], read_checkpoint(run / file)
+    with _configured(run) as settings, torch.random.fork_rng(devices=[]):
         network: nn.Module = build(
             settings["model"], input_shape=tuple(data["input_shape"]), n_classes=data["n_classes"]
         )
-    try:
-        network.load_state_dict(read_checkpoint(path / file)["network"])
-    except RuntimeError as error:
-        raise Refused(f"{path / file}: does not fit the model of the code here: {error}") from None
-    return network.eval()
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """One row an image of the split, in its order. label, prediction: class; probability: 0..1."""
-
-    label: list[int]
-    prediction: list[int]
-    probability: list[float]
+    refuse_other_shapes(state["network"], network, f"{run / file}: does not fit the model of the code here")
+    network.load_state_dict(state["network"])
+    return network.eval(), state
 
 
 def evaluate(
     run: str | Path, split: str = "test", data: "Data | None" = None, device: str | None = None
-) -> tuple[dict[str, Any], Predictions]:
-    """The metrics of the best weights on a split, and the predictions.
+) -> tuple[dict[str, Any], list[tuple[int, int, float]]]:
+    """The metrics of the best weights on a split, and label, prediction and probability of each image.
 
     Args:
         run: its folder.
@@ -164,10 +181,12 @@ def evaluate(
     """
     import torch
 
-    from src.training_loop import LossList, MetricList, ValidBatches, build, find_device
+    from src.data.dataset import Batches
+    from src.metrics import LossList, MetricList
+    from src.training_loop import build, find_device
 
     path = _existing(run)
-    network = load_model(path)
+    network, state = _load(path, "best")
     with _configured(path) as settings:
         place = find_device(device or settings["device"])
         network.to(place)
@@ -182,7 +201,7 @@ def evaluate(
     outputs, labels = [], []
     part = {"train": data.train, "valid": data.valid, "test": data.test}[split].to(place)
     with torch.inference_mode():
-        for x, y in ValidBatches(part, settings["batch_size"], settings["steps_per_epoch"]):
+        for x, y in Batches(part, settings["batch_size"], limit=settings["steps_per_epoch"]):
             output = network(x)
             loss(output, y)
             metrics.update(output, y)
@@ -190,11 +209,18 @@ def evaluate(
             labels.append(y)
     probability, prediction = torch.cat(outputs).max(dim=1)
     values = {name: float(value) for name, value in metrics.compute().items()}
-    epoch = read_checkpoint(path / "best.pt")["epoch"]
     return (
-        {"split": split, "n": sum(loss.sizes), "epoch": epoch, "loss": float(loss.compute()), **values},
-        Predictions(torch.cat(labels).tolist(), prediction.tolist(), probability.tolist()),
+        {"split": split, "n": sum(loss.sizes), "epoch": state["epoch"], "loss": float(loss.compute()), **values},
+        list(zip(torch.cat(labels).tolist(), prediction.tolist(), probability.tolist(), strict=True)),
     )
+
+
+def test_once(run: Path, data: "Data") -> None:
+    """Writes eval_results.json, the test metrics of the best weights, unless it is there."""
+    if not (run / "eval_results.json").exists():
+        metrics, _ = evaluate(run, "test", data)
+        write(run / "eval_results.json", json.dumps(metrics, indent=2) + "\n")
+        print("test  " + one_line(metrics))
 
 
 def one_line(metrics: Mapping[str, Any]) -> str:

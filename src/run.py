@@ -12,38 +12,27 @@ import io
 import json
 import os
 import platform
-import shutil
 import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from src import record
-from src.config import Config, Refused, Settings, read
+from src.config import Config, Refused, Settings, format_value, read
 from src.output import NAMES, Output
 
-FILES = (
-    "command.sh",
-    "config.gin",
-    "configs",
-    "code.tar.gz",
-    "git.txt",
-    "meta.json",
-    "environment.txt",
-    *NAMES,
-    "history.csv",
-    "checkpoint.pt",
-    "checkpoint.prev.pt",
-    "best.pt",
-    "eval_results.json",
-    "HEARTBEAT",
-    "FINISHED",
-)
+# What a start that was killed at once leaves behind: no run yet.
+BEFORE_META = {"HEARTBEAT", "code.tar.gz", "git.txt", *NAMES}
+BEFORE_META |= {f".{name}.tmp" for name in ("meta.json", "code.tar.gz", "git.txt")}
 # Settings that may differ when a run goes on, since they do not change what is computed.
-FREE = ("n_epochs", "reload", "device", "log_every", "detect_anomaly")
+LOOP_FREE = {"n_epochs", "reload", "accept_changes", "init_from", "commit_every", "stop_at", "device", "log_every"}
+FREE = {f"training_loop.{name}" for name in LOOP_FREE | {"detect_anomaly"}}
+FREE |= {"cifar10.url", "cifar10.md5", "cifar10.timeout"}  # the data's fingerprint is compared
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 DIGEST_BYTES = 32
 HEARTBEAT_SECONDS = 10.0
 
@@ -56,34 +45,36 @@ class Run:
     """The folder `path`. Creating one only looks; `open` makes the folder and owns it until `close`.
 
     Raises Refused if the folder is unfit: a file, not writable, in use, holding another thing than
-    a run, or holding a run when `reload` is False.
+    a run, or holding a run when the settings do not say reload.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        reload: bool = False,
-        settings: Settings | None = None,
-        command: Sequence[str] = (),
-        output: Output | None = None,
-    ) -> None:
+    config: Config  # checked, and with the data really used
+
+    def __init__(self, path: str | Path, settings: Settings, command: Sequence[str]) -> None:
         self.path = Path(path)
-        self.reload = reload
         self.settings = settings
         self.command = command
-        self.output = output
-        self.config: Config | None = None  # checked, and with the data really used
+        self.reload = settings.last("training_loop.reload", False) is True
+        self.output: Output | None = None
         self.meta: dict[str, Any] = {}
         self.warnings: list[str] = []
+        self.changed: list[str] = []  # settings that differ from the run's until now
+        self.changes: list[str] = []  # these and the data, for people
         self.is_open = False
         self._beat_at = 0.0
-        self._refuse_unfit()
+        try:
+            self._refuse_unfit()
+        except OSError as error:
+            raise Refused(f"{path}: cannot be looked at: {error.strerror}: choose another folder for the run") from None
 
     # --- before anything is written
 
     def _refuse_unfit(self) -> None:
         path = self.path
+        try:
+            str(path.resolve()).encode()
+        except UnicodeEncodeError:
+            raise Refused(f"{path}: its name is not UTF-8: choose another folder for the run") from None
         if path.exists() and not path.is_dir():
             raise Refused(f"{path}: is a file: give the name of a folder for the run")
         place = path
@@ -92,9 +83,8 @@ class Run:
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             raise Refused(f"{path}: {place} cannot be written to: choose another folder for the run")
         names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-        is_run = "meta.json" in names
-        foreign = sorted(name for name in names if not _is_ours(name))
-        if foreign and not is_run:
+        foreign = sorted(names - BEFORE_META)
+        if foreign and "meta.json" not in names:
             raise Refused(
                 f"{path}: holds files that are no run's ({', '.join(foreign[:3])}): choose a new or empty folder"
             )
@@ -102,75 +92,108 @@ class Run:
             raise Refused(
                 f'{path}: holds a run already: continue it with -b "training_loop.reload=True", or remove the folder'
             )
-        if "FINISHED" in names and "checkpoint.pt" not in names:
-            raise Refused(
-                f"{path}: the finished run's checkpoints were deleted: it cannot go on; "
-                f"training_loop.init_from='{path}' starts a new run from its best weights"
-            )
-        if is_run and is_locked(path):
+        if is_locked(path):
             raise Refused(_in_use(path))
 
-    def refuse_changes(self, config: Config, data: Mapping[str, Any]) -> None:
-        """Raises Refused when the folder's run had other settings or other data than these."""
-        if not (self.path / "meta.json").exists() or not (self.path / "checkpoint.pt").exists():
+    @property
+    def has_commit(self) -> bool:
+        """Whether there is something to go on from."""
+        return any((self.path / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt"))
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the run has finished, and its checkpoints were deleted since."""
+        return (self.path / "FINISHED").exists() and not self.has_commit
+
+    def refuse_changes(self, data: Mapping[str, Any], *, accept: bool) -> None:
+        """Compares settings and data with those of the folder's run.
+
+        Raises Refused when a difference would change what is computed; with `accept` it is warned of
+        and recorded instead.
+        """
+        if not self.has_commit and not self.is_pruned:
             return
-        before = read_meta(self.path).get("data", {})
-        if before.get("fingerprint") != data["fingerprint"]:
-            raise Refused(
-                f"{self.path}: the run was trained on {_named(before)}, this would be "
-                f"{_named(data)}: continue it where its data can be had, or start a new run"
-            )
-        old, new = read_flat(self.path / "config.gin"), config.flat()
-        free = {f"training_loop.{name}" for name in FREE}
-        changes = [
-            f"  {key}: {old.get(key, '(not set)')} -> {new.get(key, '(not set)')}"
+        before = read_meta(self.path)["data"]
+        old, new = read_flat(self.path / "config.gin"), self.config.flat()
+        self.changed = [
+            key
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and key not in free
+            if old.get(key) != new.get(key)
+            and key not in FREE
+            # What only the code's defaults have added is the code's change, which is recorded as such.
+            and (key in old or self.settings.binds(key))
         ]
-        if changes:
+        self.changes = [f"{key}: {old.get(key, '(not set)')} -> {new.get(key, '(not set)')}" for key in self.changed]
+        if before["fingerprint"] != data["fingerprint"]:
+            self.changes.insert(0, f"data: {_named(before)} -> {_named(data)}")
+        if self.changes and not accept:
+            chosen = old["training_loop.data"]
+            same_data = (
+                f'. -b "training_loop.data={chosen}" takes the data that it was trained on'
+                if new["training_loop.data"] != chosen
+                else ""
+            )
             raise Refused(
-                f"{self.path}: holds a run with other settings (old -> new):\n"
-                + "\n".join(changes)
-                + "\nuse the old ones, or start a new run in another folder"
+                f"{self.path}: holds a run with other settings (old -> new):\n  "
+                + "\n  ".join(self.changes)
+                + "\nuse the old ones, start a new run in another folder, or take the new ones with "
+                + f"training_loop.accept_changes=True{same_data}"
             )
 
     # --- open and close
 
-    def open(self, *, facts: Mapping[str, Any], start: Mapping[str, Any]) -> None:
-        """Makes the folder, takes the lock and records what runs.
+    def open(self) -> dict[str, Any] | None:
+        """Makes the folder, takes the lock, and returns the last commit, if there is one.
 
-        `facts` goes into meta.json, `start` into its list of starts.
+        A damaged commit is reported, and the one before it taken. Raises Refused if both are damaged
+        or another process owns the run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
-        self._refuse_unfit_now()
+        if not self.reload and {entry.name for entry in self.path.iterdir()} != {"HEARTBEAT"}:
+            raise Refused(f"{self.path}: another process has just made a run here")
+        return self._load()
+
+    def record(self, state: Mapping[str, Any] | None, facts: Mapping[str, Any], start: Mapping[str, Any]) -> None:
+        """Writes down what runs from now on, from the commit `state`.
+
+        `facts` goes into meta.json, `start` into its list of starts.
+        """
+        self.is_open = True
+        self.beat(step=state["total_steps"] if state else 0, at_once=True)
         if self.output:
             self.output.move_to(self.path)
-        fresh = not (self.path / "checkpoint.pt").exists()
         self.meta = read_meta(self.path) if (self.path / "meta.json").exists() else {}
-        starts = self.meta.get("starts", [])
-        now = timestamp()
-        starts.append(
-            {"start": now, "stop": None, "status": "running", "exit": None, "host": socket.gethostname()}
-            | {"pid": os.getpid(), **start}
-        )
-        self.meta |= {"status": "running", "exit": None, **facts, "starts": starts}
+        starts = self.meta.setdefault("starts", [])
+        number, now = len(starts) + 1, timestamp()
+        code = record.code_files()
+        changed = record.changed_files(code, self.path / self.meta["code"]) if state else []
+        if changed:
+            self.warn(f"the code has changed since the run's last start: {', '.join(changed)}")
+        for change in self.changes:
+            self.warn(f"the run goes on with another setting: {change}")
+        begin = {key: state[key] if state else 0 for key in ("epoch", "step", "total_steps")}
+        entry = {"start": now, "stop": None, "status": "running", "exit": None, **begin, **start}
+        entry |= {"host": socket.gethostname(), "pid": os.getpid()}
+        if changed or not state:
+            entry["code"] = self.meta["code"] = f"code.{number}.tar.gz" if changed else "code.tar.gz"
+            write(self.path / entry["code"], record.code_archive(code))
+            before = (self.path / "git.txt").read_text(encoding="utf-8") if state else ""
+            write(self.path / "git.txt", f"{before}# start {number}\n{record.git_state()}")
+        if self.changes or not state:
+            entry["config"] = self.config.text()
+        starts.append(entry)
+        self.meta |= {"status": "running", "exit": None, **facts}
         self.warnings = list(dict.fromkeys([*self.meta.get("warnings", []), *self.warnings]))
-        self.is_open = True
         self._write_meta()
+        write(self.path / "config.gin", self.config.text())
         with open(self.path / "command.sh", "a", encoding="utf-8") as file:
             if file.tell() == 0:
                 file.write("#!/usr/bin/env bash\n# Each start of this run: the exact command.\n\n")
-            file.write(record.command(self.command, self.path, len(starts), now))
+            file.write(record.command(self.command, self.path, number, now, start["threads"]))
         (self.path / "command.sh").chmod(0o755)
-        if self.config:
-            write(self.path / "config.gin", self.config.text())
-        if self.settings:
-            _copy_configs(self.settings.files, self.path / "configs")
+        record.copy_configs(self.settings.files, self.path / "configs")
         write(self.path / "environment.txt", record.environment())
-        if fresh:
-            write(self.path / "git.txt", record.git_state())
-            write(self.path / "code.tar.gz", record.code_archive(record.code_files()))
 
     def _lock(self) -> None:
         # A POSIX lock belongs to the process alone: it dies with it, and no child keeps it alive.
@@ -178,43 +201,69 @@ class Run:
         for attempt in range(5):  # who asks whether a run is locked holds the lock for an instant
             try:
                 fcntl.lockf(self._heartbeat, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                return
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    (self.path / "HEARTBEAT").unlink()
+                    with suppress(OSError):  # not empty: it was there before
+                        self.path.rmdir()
                     raise Refused(
                         f"{self.path}: this file system has no locks ({error.strerror}): two "
                         "processes could write to one run; choose a folder on another one"
                     ) from None
             time.sleep(0.02 * attempt)
-        else:
-            raise Refused(_in_use(self.path))
-        self.beat(step=0, at_once=True)
+        raise Refused(_in_use(self.path))
 
-    def _refuse_unfit_now(self) -> None:
-        """Another process may have made the run since the first look; our own HEARTBEAT is no run."""
-        if not self.reload and {entry.name for entry in self.path.iterdir()} != {"HEARTBEAT"}:
-            raise Refused(f"{self.path}: another process has just made a run here")
+    def close(self, status: str, exit_code: int, message: str) -> int:
+        """Says how the run ended, on stderr and in the folder; FINISHED is written last of all.
 
-    def close(self, status: str, exit_code: int) -> None:
-        """Writes how the run ended: finished, stopped or failed. FINISHED is written last of all."""
-        if not self.is_open:
-            return
-        self.meta |= {"status": status, "exit": exit_code}
-        self.meta["starts"][-1] |= {"status": status, "exit": exit_code, "stop": timestamp()}
-        self._write_meta()
-        if status == "finished":
-            write(self.path / "FINISHED", timestamp() + "\n")
-        os.close(self._heartbeat)
+        Returns the exit code: 1 if a finished run's end cannot be written.
+        """
+        unsaid = message
+        try:
+            if message:
+                print(message.rstrip(), file=sys.stderr)
+                unsaid = ""
+            if self.is_open:
+                self.meta |= {"status": status, "exit": exit_code}
+                self.meta["starts"][-1] |= {"status": status, "exit": exit_code, "stop": timestamp()}
+                self._write_meta()
+            if self.is_open and status == "finished":
+                write(self.path / "FINISHED", timestamp() + "\n")
+        except OSError as error:  # the disk is full, or the folder is gone
+            exit_code = exit_code or 1
+            unsaid = unsaid if message else self.why_lost(error) or f"{self.path}: {error}"
+        if self.is_open:
+            os.close(self._heartbeat)
         self.is_open = False
+        if self.output:
+            self.output.close()
+        if unsaid:
+            print(unsaid, file=sys.stderr)
+        return exit_code
 
     def warn(self, message: str) -> None:
         """A warning that the record keeps: on stderr and in meta.json."""
         print(f"warning: {message}", file=sys.stderr)
         self.warnings.append(message)
-        if self.is_open:
+        if self.is_open and self.meta.get("starts"):
             self._write_meta()
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the folder is no longer the one that `open` took the lock in: removed, or another in its place."""
+        try:
+            return not os.path.samestat(os.fstat(self._heartbeat), os.stat(self.path / "HEARTBEAT"))
+        except FileNotFoundError:
+            return True
+
+    def _refuse_gone(self) -> None:
+        # Another process may own a new folder of this name.
+        if self.is_gone:
+            raise FileNotFoundError(errno.ENOENT, "was removed", str(self.path))
+
     def _write_meta(self) -> None:
+        self._refuse_gone()
         meta = self.meta | {"warnings": self.warnings}
         write(self.path / "meta.json", json.dumps(meta, indent=2) + "\n")
 
@@ -227,30 +276,46 @@ class Run:
             os.pwrite(self._heartbeat, line, 0)
             os.ftruncate(self._heartbeat, len(line))
 
+    def why_lost(self, error: BaseException) -> str | None:
+        """What to tell the person if the folder can no longer be written to; None for another error."""
+        if not isinstance(error, OSError):
+            return None
+        if self.is_open and self.is_gone:
+            return f"{self.path}: was removed while the run was writing to it"
+        ours = error.filename and Path(os.fsdecode(error.filename)).resolve().is_relative_to(self.path.resolve())
+        if ours or error.errno in DISK_ERRORS:
+            return (
+                f"{self.path}: cannot be written to: {error.strerror}. What was committed is intact: put that "
+                "right, then go on with training_loop.reload=True"
+            )
+        return None
+
     # --- commit and load
 
     def commit(self, state: Mapping[str, Any]) -> None:
         """Makes the state durable at once; the commit before is kept as checkpoint.prev.pt."""
+        self._refuse_gone()
         write_checkpoint(self.path / "checkpoint.pt", state, previous=self.path / "checkpoint.prev.pt")
 
-    def load(self) -> dict[str, Any] | None:
-        """The last commit, or None where there is none. A damaged one is reported, the one before
-        it taken. Raises Refused if both are damaged.
-        """
-        for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+    def _load(self) -> dict[str, Any] | None:
+        path, previous = self.path / "checkpoint.pt", self.path / "checkpoint.prev.pt"
+        if not self.has_commit:
+            return None
+        try:
+            return read_checkpoint(path)
+        except (FileNotFoundError, Damaged) as damage:
             try:
-                return read_checkpoint(self.path / name)
-            except FileNotFoundError:
-                continue
-            except Damaged as damage:
-                self.warn(f"{damage}: going back to the commit before")
-        if (self.path / "checkpoint.pt").exists():
-            raise Refused(
-                f"{self.path}: both checkpoints are damaged: the run cannot be continued. best.pt "
-                "holds the best weights (training_loop.init_from starts a new run from them), "
-                "history.csv the epochs"
-            )
-        return None
+                state = read_checkpoint(previous)
+            except (FileNotFoundError, Damaged):
+                raise Refused(
+                    f"{self.path}: checkpoint.pt and checkpoint.prev.pt are damaged: the run cannot be continued. "
+                    "best.pt holds the best weights (training_loop.init_from starts a new run from them), "
+                    "history.csv the epochs"
+                ) from None
+            reason = damage.message if isinstance(damage, Damaged) else f"{path}: is missing"
+        self.warn(f"{reason}: going back to the commit before")
+        _link(previous, path)  # the next commit keeps what checkpoint.pt holds as the previous one
+        return state
 
     def unfinish(self) -> None:
         """The run goes on: its end's files are no longer true."""
@@ -260,7 +325,7 @@ class Run:
     def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """history.csv: all committed epochs, one row each."""
         file = io.StringIO()
-        writer = csv.DictWriter(file, fieldnames=list(rows[-1]) if rows else ["epoch"])
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)), restval="nan")
         writer.writeheader()
         writer.writerows(rows)
         write(self.path / "history.csv", file.getvalue())
@@ -277,11 +342,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 def read_flat(config: Path) -> dict[str, str]:
     """A config.gin as `Config.flat` gives it."""
-    from src.config import format_value
-
-    return {
-        f"{b.scope}/{b.name}.{b.parameter}".lstrip("/"): format_value(b.value, {}) for b in read([str(config)]).bindings
-    }
+    return {b.key: format_value(b.value, {}) for b in read([str(config)]).bindings}
 
 
 def is_locked(path: Path) -> bool:
@@ -297,14 +358,20 @@ def is_locked(path: Path) -> bool:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads what `write_checkpoint` wrote, tensors on the CPU. Raises Damaged if a byte differs."""
+    """Reads what `write_checkpoint` wrote, tensors on the CPU; runs no code that a file may hold.
+
+    Raises Damaged if a byte differs, or if it was written by something else.
+    """
     import torch
 
     content = path.read_bytes()
     body, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     if hashlib.sha256(body).digest() != digest:
         raise Damaged(f"{path}: is damaged (its checksum does not fit)")
-    state: dict[str, Any] = torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")
+    except Exception as error:  # pickle's errors are of all kinds
+        raise Damaged(f"{path}: is no checkpoint of this project ({str(error).splitlines()[0]})") from None
     return state
 
 
@@ -315,46 +382,35 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], previous: Path | None
     """
     import torch
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        digest = _Digest(file)
-        torch.save(dict(state), digest)  # type: ignore[arg-type]
-        file.write(digest.hash.digest())
-        file.flush()
-        os.fsync(file.fileno())
-    if previous and path.exists():  # a link first: `path` exists at every instant
-        link = previous.with_name(f".{previous.name}.tmp")
-        link.unlink(missing_ok=True)
-        os.link(path, link)
-        os.replace(link, previous)
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+    write(path, buffer.getbuffer(), previous)
 
 
-class _Digest:
-    """A file that is only written to, and hashed on the way."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.hash = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.hash.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Writes the file whole or not at all, and lastingly."""
+def write(path: Path, content: str | bytes | memoryview, previous: Path | None = None) -> None:
+    """Writes the file whole or not at all, and lastingly; what it held is kept as `previous`."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
+    if previous and path.exists():
+        _link(path, previous)  # a link: `path` exists at every instant
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _link(path: Path, name: Path) -> None:
+    """`name` becomes another name of the file `path`, in place of what it was."""
+    temporary = name.with_name(f".{name.name}.link")
+    temporary.unlink(missing_ok=True)
+    os.link(path, temporary)
+    os.replace(temporary, name)
 
 
 def timestamp() -> str:
@@ -374,18 +430,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_ours(name: str) -> bool:
-    return name in FILES or name.startswith("events.out.tfevents.") or name in [f".{file}.tmp" for file in FILES]
-
-
 def _in_use(path: Path) -> str:
     start = read_meta(path)["starts"][-1] if (path / "meta.json").exists() else {}
     owner = f"process {start['pid']} on {start['host']}" if start else "another process"
@@ -394,16 +438,3 @@ def _in_use(path: Path) -> str:
 
 def _named(data: Mapping[str, Any]) -> str:
     return f"{data.get('name')} (fingerprint {str(data.get('fingerprint'))[:12]})"
-
-
-def _copy_configs(files: Sequence[Path], folder: Path) -> None:
-    """The input configs as they were; another file of the same name gets a number."""
-    folder.mkdir(exist_ok=True)
-    for file in files:
-        content, number = file.read_bytes(), 1
-        target = folder / file.name
-        while target.exists() and target.read_bytes() != content:
-            number += 1
-            target = folder / f"{file.stem}.{number}{file.suffix}"
-        if not target.exists():
-            shutil.copyfile(file, target)

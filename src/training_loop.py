@@ -7,11 +7,12 @@ import copy
 import hashlib
 import inspect
 import math
+import os
 import random
-import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,19 +26,18 @@ from src.callbacks import external, poutyne
 from src.callbacks.progress import Progress
 from src.callbacks.tensorboard import TensorBoard
 from src.config import Config, Refused, Settings, check, nearest
-from src.data.dataset import Data, TensorSplit
-from src.metrics import Accuracy, register_torchmetric
+from src.data.dataset import Batches, Data
+from src.metrics import Accuracy, LossList, MetricList, register_torchmetric
 from src.models.summary import summarise
 from src.models.torchvision_models import register as register_torchvision
 from src.run import Damaged, Run, machine, read_checkpoint, write_checkpoint
+from src.stop import Stopped, StopRequest
 
 EXTERNAL: dict[str, Callable[[str], None]] = {
     "torchvision.models.": register_torchvision,
     "torchmetrics.": register_torchmetric,
     "poutyne.": external.register_poutyne,
 }
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-FEED_EVERY = 32  # batches; a metric costs tens of microseconds a call, whatever the batch's size
 
 
 def register_torch() -> None:
@@ -56,16 +56,16 @@ def register_torch() -> None:
 register_torch()
 
 
-class Stopped(Exception):
-    """Training was asked to stop; everything is committed."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal.Signals(signal_number).name)
-        self.exit_code = 128 + signal_number
-
-
 class NonFinite(Exception):
     """The loss or the weights are no longer finite. The last commit is from before."""
+
+    status, exit_code = "failed", 1
+
+    def __init__(self, what: str, epoch: int, step: int) -> None:
+        self.message = (
+            f"{what} at epoch {epoch}, step {step}: try a lower learning rate, or training_loop.detect_anomaly=True"
+        )
+        super().__init__(self.message)
 
 
 def configure(settings: Settings) -> Config:
@@ -73,9 +73,11 @@ def configure(settings: Settings) -> Config:
     return check(settings, "training_loop", EXTERNAL)
 
 
-@gin.register(denylist=["run"])
+# Over 100 lines, most of them the settings and what they mean: the one list of what a run can be told.
+@gin.register(denylist=["run", "stop"])
 def training_loop(
     run: Run,
+    stop: StopRequest,
     data: Callable[..., Data],
     model: Callable[..., nn.Module],
     optimizer: Callable[..., torch.optim.Optimizer],
@@ -84,15 +86,19 @@ def training_loop(
     callbacks: Sequence[Callable[..., poutyne.Callback]] = (),
     n_epochs: int = 1,
     batch_size: int = 128,
+    accumulate: int = 1,
     seed: int = 0,
     monitor: str = "val_acc",
     monitor_mode: Literal["min", "max"] = "max",
     device: str = "auto",
     deterministic: bool = False,
     reload: bool = False,
+    accept_changes: bool = False,
+    commit_every: int | str | None = None,
     init_from: str | None = None,
     log_every: int = 50,
     steps_per_epoch: int | None = None,
+    stop_at: int | None = None,
     detect_anomaly: bool = False,
 ) -> Data:
     """Trains `model` on `data` into the run's folder and returns the data.
@@ -100,19 +106,23 @@ def training_loop(
     Everything is built and tried on one batch in memory first; a mistake leaves no trace.
 
     Args:
-        run: the folder; not configured by gin.
+        run, stop: the folder, and the signals that ask for a stop; not configured by gin.
         data, model, optimizer, loss, metrics, callbacks: what builds them, uncalled: the loop
             seeds, then builds. It supplies input_shape and n_classes, and the optimizer's params.
         n_epochs: the run ends after this epoch; it may be raised later with reload=True.
-        batch_size: images a step; the last batch of an epoch may be smaller.
+        batch_size: images a batch; the last batch of an epoch may be smaller.
+        accumulate: batches an optimizer step; their gradients make the mean over all their images.
         seed: of the weights, the order of the data, its augmentation and dropout.
         monitor, monitor_mode: the column of history.csv whose 'min' or 'max' is the best epoch.
         device: 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'.
         deterministic: deterministic algorithms, for the same bits on a GPU.
         reload: goes on from the last commit if there is one.
+        accept_changes: goes on with settings or data that change the result; the record keeps both.
+        commit_every: commits inside an epoch, too: 500 (batches) or '10min'.
         init_from: a run's folder: starts from its best weights.
-        log_every: steps between two looks at the loss; the device is not waited for in between.
-        steps_per_epoch: fewer steps an epoch, for debugging; also the batches of validation.
+        log_every: batches between two looks at the loss; the device is not waited for in between.
+        steps_per_epoch: fewer batches an epoch, for debugging; also of validation.
+        stop_at: stops after so many batches in all, committed, as a signal would.
         detect_anomaly: torch's anomaly detection: names the operation behind a NaN. Slow.
 
     Raises:
@@ -120,88 +130,96 @@ def training_loop(
         Stopped: a signal asked for it. The exit code is 128 + signal.
         NonFinite: the loss is no longer finite.
     """
-    assert reload == run.reload, "the run's folder was looked at with another reload"
-    for name, value in (
-        ("n_epochs", n_epochs),
-        ("batch_size", batch_size),
-        ("log_every", log_every),
-        ("steps_per_epoch", steps_per_epoch),
-    ):
+    counts = {"n_epochs": n_epochs, "batch_size": batch_size, "accumulate": accumulate, "log_every": log_every}
+    for name, value in (counts | {"steps_per_epoch": steps_per_epoch, "stop_at": stop_at}).items():
         if value is not None and value < 1:
             raise Refused(f"training_loop.{name} = {value}, but it must be at least 1")
+    commit_steps, commit_seconds = read_interval(commit_every)
     place = find_device(device)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     torch.autograd.set_detect_anomaly(detect_anomaly)
 
     dataset = data()
-    if dataset.choice is not None and run.config:
+    if dataset.choice is not None:
         run.config = run.config.choose("data", dataset.choice)
     if batch_size > len(dataset.train):
         raise Refused(
             f"training_loop.batch_size = {batch_size}, but {dataset.name} has only "
             f"{len(dataset.train)} images to train on"
         )
-    facts: dict[str, Any] = {"data": describe(dataset)}
-    if run.config:
-        run.refuse_changes(run.config, facts["data"])
+    run.refuse_changes(describe(dataset), accept=accept_changes)
+    if run.is_pruned:
+        refuse_more_epochs(run, n_epochs)
+        return dataset
 
     seed_all(seed)
     network = build(model, input_shape=dataset.input_shape, n_classes=dataset.n_classes).to(place)
     trainable = [p for p in network.parameters() if p.requires_grad]
+    train = Batches(dataset.train.to(place), batch_size, seed, steps_per_epoch)
+    valid = Batches(dataset.valid.to(place), batch_size, limit=steps_per_epoch)
     trainer = Trainer(
         network,
         build(optimizer, params=trainable),
         LossList(build(loss).to(place)),
         MetricList([build(m, n_classes=dataset.n_classes).to(place) for m in metrics]),
+        train,
+        accumulate,
     )
     built_callbacks = [build(callback) for callback in callbacks]
-    train = TrainBatches(dataset.train.to(place), batch_size, seed, steps_per_epoch)
-    valid = ValidBatches(dataset.valid.to(place), batch_size, steps_per_epoch)
     refuse_unknown_monitors(monitor, built_callbacks, trainer.metrics.names)
     for callback in built_callbacks:
-        external.state_dict(callback)
-    print(try_one_batch(trainer, train, dataset.n_classes))
-
-    state = run.load()
-    facts["model"] = run.config.flat()["training_loop.model"][1:] if run.config else str(model)
-    facts |= {"parameters": sum(p.numel() for p in trainable), "seed": seed}
-    facts |= {"monitor": monitor, "monitor_mode": monitor_mode}
-    if init_from and state is None:
+        external.try_callback(callback, build(optimizer, params=[nn.Parameter(torch.zeros(1))]))
+    print(try_one_batch(trainer, dataset.n_classes))
+    facts: dict[str, Any] = {
+        "data": describe(dataset),
+        "model": run.config.flat()["training_loop.model"][1:],
+        "parameters": sum(p.numel() for p in trainable),
+        "seed": seed,
+        "monitor": monitor,
+        "monitor_mode": monitor_mode,
+    }
+    if init_from and not run.has_commit:
         facts["init_from"] = start_from(init_from, network)
-    start = {"device": str(place), "threads": torch.get_num_threads(), "epoch": 0, **machine()}
-    run.open(facts=facts, start=start | {"epoch": state["epoch"] if state else 0})
 
-    with StopRequest() as stop:
-        commits = Commits(run, train, built_callbacks, monitor, monitor_mode, log_every, state, stop)
-        text = run.config.text() if run.config else ""
-        tensorboard = TensorBoard(run.path, commits.history, text, hparams(run.config))
-        commits.tensorboard = tensorboard
-        if state and (state["stopped"] or state["epoch"] >= n_epochs):
-            commits.follow()
-            tensorboard.finish(commits.history[-1])
-            print(f"{run.path}: {state['epoch']} epochs are done, nothing is left to train")
-            return dataset
+    state = run.open()
+    at = Position.of(state)
+    if state:
+        refuse_unfit(state, trainer)
+        run.config = run.config.set("training_loop.n_epochs", max(n_epochs, at.epoch))
+    for name, value in {"reload": False, "accept_changes": False, "stop_at": None}.items():
+        run.config = run.config.set(f"training_loop.{name}", value)  # of this start, not of the run
+    run.record(state, facts, {"device": str(place), "threads": torch.get_num_threads(), **machine()})
+    tensorboard = TensorBoard(run.path, at.history, run.config.text(), hparams(run.config))
+    commits = Commits(run, stop, trainer, built_callbacks, tensorboard, at, state)
+    commits.monitor, commits.sign = monitor, 1 if monitor_mode == "max" else -1
+    commits.log_every, commits.stop_at = log_every, stop_at
+    commits.commit_steps, commits.commit_seconds = commit_steps, commit_seconds
+    commits.accepted = accepted_settings(run, trainer.optimizer)
+    if state and (at.stopped or at.epoch >= n_epochs):
+        commits.follow(state["network"])
+        print(f"{run.path}: {at.epoch} epochs are done, nothing is left to train")
+    else:
         run.unfinish()
-        print(
-            f"{run.path}: {facts['model']} on {dataset.name} ({len(dataset.train)} images), "
-            f"{place}, " + (f"on from epoch {state['epoch']}" if state else f"seed {seed}")
-        )
-        terminal = run.output.terminal if run.output else None
-        trainer.fit_generator(
-            train,
-            valid,
-            epochs=n_epochs,
-            initial_epoch=state["epoch"] + 1 if state else 1,
-            verbose=False,
-            callbacks=[
-                *built_callbacks,
-                commits,  # what stands behind it sees committed epochs only
-                tensorboard,
-                Progress(terminal, train.n_batches, batch_size),
-            ],
-        )
-        tensorboard.finish(commits.history[-1])
+        begin = f"on from epoch {at.epoch}, step {at.step}" if state else f"seed {seed}"
+        print(f"{run.path}: {facts['model']} on {dataset.name} ({len(dataset.train)} images), {place}, {begin}")
+        with stop.deferred():
+            trainer.fit_generator(
+                train,
+                valid,
+                epochs=n_epochs,
+                initial_epoch=at.epoch + 1,
+                verbose=False,
+                callbacks=[
+                    *built_callbacks,
+                    commits,  # what stands behind it sees committed epochs only
+                    tensorboard,
+                    Progress(run.output.terminal if run.output else None, train, batch_size),
+                ],
+            )
+    tensorboard.finish(at.history[-1])
     return dataset
 
 
@@ -209,12 +227,41 @@ def training_loop(
 
 
 def build(builder: Callable[..., Any], **supplied: Any) -> Any:
-    """Calls the builder with those of the supplied arguments that it takes."""
+    """Calls the builder with those of the supplied arguments that it takes.
+
+    Raises Refused if a setting has a value that it refuses with a ValueError or RuntimeError.
+    """
     function = builder.__init__ if inspect.isclass(builder) else builder
     parameters = inspect.signature(function).parameters.values()
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     names = {p.name for p in parameters}
-    return builder(**{k: v for k, v in supplied.items() if takes_all or k in names})
+    try:
+        return builder(**{k: v for k, v in supplied.items() if takes_all or k in names})
+    except (ValueError, RuntimeError) as error:
+        said = str(error).partition("\n  In call to configurable")[0]  # by gin
+        raise Refused(f"{builder.__name__}: {said}{place_of(error)}") from None
+
+
+def place_of(error: Exception) -> str:
+    """` (file:line)` of the code that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f" ({frame.filename}:{frame.lineno})"
+
+
+def read_interval(commit_every: int | str | None) -> tuple[int | None, float | None]:
+    """commit_every as batches and seconds, one of them None. Raises Refused."""
+    if commit_every is None:
+        return None, None
+    if isinstance(commit_every, int) and commit_every >= 1:
+        return commit_every, None
+    try:
+        minutes = float(str(commit_every).strip().removesuffix("min"))
+        assert str(commit_every).endswith("min") and 0 < minutes < math.inf
+    except (ValueError, AssertionError):
+        raise Refused(
+            f"training_loop.commit_every = {commit_every!r}: give batches, such as 500, or minutes, such as '10min'"
+        ) from None
+    return None, 60 * minutes
 
 
 def find_device(name: str) -> torch.device:
@@ -251,19 +298,29 @@ def describe(data: Data) -> dict[str, Any]:
     }
 
 
-def hparams(config: Config | None) -> dict[str, bool | int | float | str]:
+def hparams(config: Config) -> dict[str, bool | float | str]:
     """The settings as TensorBoard's hparams: one value each."""
-    flat = config.flat() if config else {}
-    return {key: _number(text) for key, text in flat.items()}
+
+    def value(text: str) -> bool | float | str:
+        if text in ("True", "False"):
+            return text == "True"
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    return {key: value(text) for key, text in config.flat().items()}
 
 
-def _number(text: str) -> bool | float | str:
-    if text in ("True", "False"):
-        return text == "True"
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def refuse_more_epochs(run: Run, n_epochs: int) -> None:
+    """Raises Refused if a finished run without checkpoints is asked for more epochs than it has."""
+    epochs = len((run.path / "history.csv").read_text().splitlines()) - 1
+    if n_epochs > epochs:
+        raise Refused(
+            f"{run.path}: the finished run's checkpoints were deleted: it cannot go on after epoch {epochs}; "
+            f"training_loop.init_from='{run.path}' starts a new run from its best weights"
+        )
+    print(f"{run.path}: {epochs} epochs are done, nothing is left to train")
 
 
 def refuse_unknown_monitors(monitor: str, callbacks: Sequence[poutyne.Callback], metrics: Sequence[str]) -> None:
@@ -278,34 +335,41 @@ def refuse_unknown_monitors(monitor: str, callbacks: Sequence[poutyne.Callback],
             )
 
 
-def try_one_batch(trainer: "Trainer", train: "TrainBatches", n_classes: int) -> str:
+def try_one_batch(trainer: "Trainer", n_classes: int) -> str:
     """One forward of one batch in eval mode, with the random numbers put back; gives the summary.
 
-    Raises Refused if the network does not take the data, or its output does not fit the loss.
+    Raises Refused if the network does not take the data, or its output does not fit loss or metrics.
     """
-    x, y = next(train.split.batches(train.batch_size))
-    shape = list(x.shape)
-    devices = [x.device] if x.device.type == "cuda" else []
+    split, batch_size = trainer.batches.split, trainer.batches.batch_size
+    x, y = next(split.batches(batch_size))
     name = type(trainer.network).__name__
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.no_grad():
         try:
             output, summary = summarise(trainer.network, x)
-        except RuntimeError as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise Refused(f"{name} does not take a batch of shape {list(x.shape)}: {error}{place_of(error)}") from None
+        if not y.is_floating_point() and output.shape[:2] != (len(x), n_classes):
             raise Refused(
-                f"{name} does not take a batch of shape {shape}: {error} ({frame.filename}:{frame.lineno})"
-            ) from None
-        classes = not y.is_floating_point()
-        if classes and output.shape[:2] != (len(x), n_classes):
-            raise Refused(
-                f"{name} gives an output of shape {list(output.shape)} for a batch of shape "
-                f"{shape}, but the data has {n_classes} classes: "
-                f"it must be [{len(x)}, {n_classes}]"
+                f"{name} gives an output of shape {list(output.shape)} for a batch of shape {list(x.shape)}, "
+                f"but the data has {n_classes} classes: it must be [{len(x)}, {n_classes}]"
             )
         try:
             trainer.loss.function(output, y)
         except (RuntimeError, ValueError, IndexError) as error:
             raise Refused(f"the loss does not take {name}'s output: {error}") from None
+        trainer.metrics.update(output, y)
+        for metric, value in trainer.metrics.compute().items():
+            if torch.as_tensor(value).numel() != 1:
+                raise Refused(f"the metric {metric} gives {torch.as_tensor(value).numel()} numbers: it must be one")
+        trainer.metrics.reset()
+        if trainer.batches.n_images(trainer.batches.n_batches - 1, trainer.batches.n_batches) == 1:
+            try:
+                copy.deepcopy(trainer.network).train()(x[:1])
+            except ValueError as error:  # batch norm cannot normalise a single value
+                raise Refused(
+                    f"the last batch of an epoch would have one image only: {error}: choose another "
+                    f"training_loop.batch_size than {batch_size}"
+                ) from None
     return summary
 
 
@@ -318,43 +382,82 @@ def start_from(folder: str, network: nn.Module) -> dict[str, Any]:
         raise Refused(f"training_loop.init_from = {folder!r}: there is no {best}") from None
     except Damaged as damage:
         raise Refused(f"training_loop.init_from: {damage}") from None
-    own = network.state_dict()
-    unfit = [
-        f"  {name}: {_shape(weights, name)} there, {_shape(own, name)} here"
-        for name in dict.fromkeys([*own, *weights])
-        if _shape(weights, name) != _shape(own, name)
-    ]
-    if unfit:
-        more = [f"  and {len(unfit) - 8} more"] if len(unfit) > 8 else []
-        raise Refused(
-            f"training_loop.init_from = {folder!r}: the weights do not fit the model:\n" + "\n".join(unfit[:8] + more)
-        )
+    refuse_other_shapes(weights, network, f"training_loop.init_from = {folder!r}: the weights do not fit the model")
     network.load_state_dict(weights)
     return {"run": folder, "sha256": hashlib.sha256(best.read_bytes()).hexdigest()}
 
 
-def _shape(weights: Mapping[str, Tensor], name: str) -> list[int] | str:
-    return list(weights[name].shape) if name in weights else "missing"
+def refuse_other_shapes(weights: Mapping[str, Tensor], network: nn.Module, message: str) -> None:
+    """Raises Refused, with the message and the names, if a tensor is missing or has another shape."""
+
+    def shape(tensors: Mapping[str, Tensor], name: str) -> list[int] | str:
+        return list(tensors[name].shape) if name in tensors else "missing"
+
+    own = network.state_dict()
+    unfit = [
+        f"\n  {name}: {shape(weights, name)} there, {shape(own, name)} here"
+        for name in dict.fromkeys([*own, *weights])
+        if shape(weights, name) != shape(own, name)
+    ]
+    if unfit:
+        more = f"\n  and {len(unfit) - 8} more" if len(unfit) > 8 else ""
+        raise Refused(f"{message}:" + "".join(unfit[:8]) + more)
+
+
+def refuse_unfit(state: Mapping[str, Any], trainer: "Trainer") -> None:
+    """Raises Refused if the commit is of another network or optimizer, which accepted changes may make."""
+    refuse_other_shapes(state["network"], trainer.network, "the run's weights do not fit the model as it is now")
+    groups = zip(state["optimizer"]["param_groups"], trainer.optimizer.param_groups, strict=True)
+    if any(not old.keys() >= new.keys() or len(old["params"]) != len(new["params"]) for old, new in groups):
+        raise Refused(f"the run's optimizer was another one than {type(trainer.optimizer).__name__}")
+
+
+def accepted_settings(run: Run, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's settings that are new with this start: the commit's do not hold any more."""
+    name = run.config.flat()["training_loop.optimizer"][1:]
+    is_new = "training_loop.optimizer" in run.changed
+    accepted = {key: value for key, value in optimizer.defaults.items() if is_new or f"{name}.{key}" in run.changed}
+    return accepted | ({"initial_lr": accepted["lr"]} if "lr" in accepted else {})  # what schedules start from
 
 
 # --- the step -------------------------------------------------------------------------------------
 
 
 class Trainer(poutyne.Model):
-    """Poutyne's model with a step that never waits for the device."""
+    """Poutyne's model with a step that never waits for the device.
+
+    `updated` says whether the last batch ended in an optimizer step, for callbacks that count them.
+    """
 
     def __init__(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, loss: "LossList", metrics: "MetricList"
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: LossList,
+        metrics: MetricList,
+        batches: Batches,
+        accumulate: int,
     ) -> None:
         super().__init__(network, optimizer, loss, epoch_metrics=[(metrics.names, metrics)])
-        self.loss, self.metrics = loss, metrics
+        self.loss, self.metrics, self.batches, self.accumulate = loss, metrics, batches, accumulate
+        self.updated = True
 
     def _fit_batch(self, x: Any, y: Any, *, callback: Any, step: int, **_: Any) -> tuple[Tensor, tuple[()], None]:
-        self.optimizer.zero_grad()
+        k = self.batches.start + step - 1  # of the epoch; Poutyne counts from where it began
+        first = k - k % self.accumulate
+        after = min(first + self.accumulate, self.batches.n_batches)
+        self.updated = k + 1 == after
+        if k == first:
+            self.optimizer.zero_grad()
         loss = self._compute_loss_and_metrics(x, y)[0]
-        loss.backward()  # type: ignore[no-untyped-call]
+        if after - first > 1:
+            share = len(y) / self.batches.n_images(first, after)
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
         callback.on_backward_end(step)
-        self.optimizer.step()
+        if self.updated:
+            self.optimizer.step()
         return loss.detach(), (), None
 
     def _compute_loss_and_metrics(self, x: Any, y: Any, **_: Any) -> tuple[Tensor, tuple[()], None]:
@@ -364,318 +467,187 @@ class Trainer(poutyne.Model):
         return loss, (), None
 
 
-class LossList(nn.Module):
-    """The loss, with its values of the epoch: a list of detached tensors, summed once."""
-
-    def __init__(self, function: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        self.reset()
-
-    def forward(self, output: Tensor, y: Tensor) -> Tensor:
-        loss: Tensor = self.function(output, y)
-        self.values.append(loss.detach())
-        self.sizes.append(len(y))
-        return loss
-
-    def read(self, begin: int = 0) -> Tensor:
-        """The values from step `begin` of the epoch on, on the CPU: waits for the device."""
-        values = self.values[begin:]
-        return torch.stack(values).cpu() if values else torch.zeros(0)
-
-    def compute(self) -> Tensor:
-        """The mean over the epoch's images."""
-        sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        return (self.read().double() * sizes).sum() / sizes.sum()
-
-    def reset(self) -> None:
-        self.values: list[Tensor] = []
-        self.sizes: list[int] = []
-
-    def pending(self) -> dict[str, Any]:
-        """What a commit inside an epoch keeps."""
-        return {"values": self.read(), "sizes": list(self.sizes)}
-
-    def load_pending(self, pending: Mapping[str, Any], device: torch.device) -> None:
-        self.values = list(pending["values"].to(device))
-        self.sizes = list(pending["sizes"])
-
-
-class MetricList(nn.Module):
-    """The metrics of an epoch, fed every 32 batches on a fixed grid."""
-
-    def __init__(self, metrics: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.metrics = nn.ModuleList(metrics)
-        self.names = [str(getattr(m, "name", type(m).__name__.lower())) for m in metrics]
-        if len(set(self.names)) < len(self.names):
-            raise Refused(f"two metrics have one name: {', '.join(self.names)}: give one a scope")
-        self.waiting: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, output: Tensor, y: Tensor) -> None:
-        """output: [N, C, ...], y: [N, ...]."""
-        self.waiting.append((output, y))
-        if len(self.waiting) == FEED_EVERY:
-            self._feed()
-
-    def _feed(self) -> None:
-        if self.waiting:
-            outputs, labels = (torch.cat(column) for column in zip(*self.waiting, strict=True))
-            for metric in self.metrics:
-                metric.update(outputs, labels)  # type: ignore[operator]
-            self.waiting = []
-
-    def compute(self) -> dict[str, Tensor]:
-        """Each metric's value by its name."""
-        self._feed()
-        return {
-            name: metric.compute()  # type: ignore[operator]
-            for name, metric in zip(self.names, self.metrics, strict=True)
-        }
-
-    def reset(self) -> None:
-        self.waiting = []
-        for metric in self.metrics:
-            metric.reset()  # type: ignore[operator]
-
-    def pending(self) -> dict[str, Any]:
-        """What a commit inside an epoch keeps."""
-        waiting = [(output.cpu(), y.cpu()) for output, y in self.waiting]
-        return {"metrics": copy.deepcopy(self.metrics.state_dict()), "waiting": waiting}
-
-    def load_pending(self, pending: Mapping[str, Any], device: torch.device) -> None:
-        self.metrics.load_state_dict(pending["metrics"])
-        self.metrics.to(device)  # torchmetrics keeps the tensors it is given, on the CPU
-        self.waiting = [(output.to(device), y.to(device)) for output, y in pending["waiting"]]
-
-
-class TrainBatches:
-    """An epoch's batches, from any of them on. Without a length, or Poutyne would repeat them."""
-
-    def __init__(self, split: TensorSplit, batch_size: int, seed: int, limit: int | None) -> None:
-        self.split = split
-        self.batch_size = batch_size
-        self.seed = seed
-        n_batches = math.ceil(len(split) / batch_size)
-        self.n_batches = min(n_batches, limit or n_batches)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.waited = 0.0
-        batches = self.split.batches(self.batch_size, seed=self.seed, epoch=self.epoch, start=self.start)
-        for _ in range(self.start, self.n_batches):
-            began = time.perf_counter()
-            batch = next(batches)
-            self.waited += time.perf_counter() - began
-            yield batch
-
-    def begin(self, epoch: int, start: int) -> None:
-        """The next iteration is epoch `epoch`, from batch `start` on."""
-        self.epoch, self.start = epoch, start
-
-
-class ValidBatches:
-    """The valid split in order; without a length, see TrainBatches."""
-
-    def __init__(self, split: TensorSplit, batch_size: int, limit: int | None) -> None:
-        self.split, self.batch_size, self.limit = split, batch_size, limit
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for k, batch in enumerate(self.split.batches(self.batch_size)):
-            if k == self.limit:
-                return
-            yield batch
-
-
 # --- commits --------------------------------------------------------------------------------------
 
 
-class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 set a flag that is acted on at the step's edge.
+@dataclass
+class Position:
+    """Where a run is: what a commit holds beside tensors."""
 
-    A second SIGINT stops at once; what was committed stays.
-    """
+    epoch: int = 0  # the last one that is done
+    step: int = 0  # batches of the next one that are done
+    total_steps: int = 0  # batches of all epochs
+    lr: float = 0.0  # of the last step
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0, "value": None})
+    stopped: bool = False  # by a callback: nothing is left to train
 
-    def __enter__(self) -> "StopRequest":
-        self.signal = 0
-        self.before = {number: signal.signal(number, self) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def __call__(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
+    @classmethod
+    def of(cls, state: Mapping[str, Any] | None) -> "Position":
+        """The position of a commit; the beginning without one."""
+        return cls(**{key: state[key] for key in cls.__dataclass_fields__}) if state else cls()
 
 
 class Commits(poutyne.Callback):
-    """Puts the last commit back when training begins, and commits at the end of each epoch and
-    when a signal asks for a stop. All that a run needs to go on is in `_state`.
+    """Puts the last commit back when training begins, and commits at the end of each epoch, when
+    it is time to inside one, and when a signal asks for a stop. Checks that the loss is finite.
 
     Stands behind the callbacks that have a state, before those that show committed epochs.
     """
 
     stateless = True
+    monitor: str
+    sign: int
+    log_every: int
+    stop_at: int | None
+    commit_steps: int | None
+    commit_seconds: float | None
+    accepted: Mapping[str, Any]
 
     def __init__(
         self,
         run: Run,
-        batches: TrainBatches,
+        stop: StopRequest,
+        trainer: Trainer,
         callbacks: Sequence[poutyne.Callback],
-        monitor: str,
-        mode: str,
-        log_every: int,
-        state: dict[str, Any] | None,
-        stop: "StopRequest",
+        tensorboard: TensorBoard,
+        at: Position,
+        state: Mapping[str, Any] | None,
     ) -> None:
         super().__init__()
-        self.run = run
-        self.batches = batches
-        self.callbacks = callbacks
-        self.monitor = monitor
-        self.sign = 1 if mode == "max" else -1
-        self.log_every = log_every
-        self.state = state
-        self.history: list[dict[str, float]] = state["history"] if state else []
-        self.best: dict[str, Any] = state["best"] if state else {"epoch": 0, "value": None}
-        self.step = state["step"] if state else 0  # of the epoch that is under way
-        self.total_steps = state["total_steps"] if state else 0
-        self.lr = state["lr"] if state else 0.0
-        self.tensorboard: TensorBoard | None = None
-        self.stop = stop
+        self.run, self.stop, self.trainer, self.callbacks = run, stop, trainer, callbacks
+        self.tensorboard, self.at, self.state = tensorboard, at, state
+        self.commit_s = 0.0
 
     def on_train_begin(self, logs: dict[str, Any]) -> None:
         # Only now: schedulers are made when training begins, and set the learning rate then.
-        if self.state:
-            self._restore(self.state)
-            self.follow()
+        if state := self.state:
+            self.trainer.network.load_state_dict(state["network"])
+            self.trainer.optimizer.load_state_dict(state["optimizer"])
+            for group in self.trainer.optimizer.param_groups:
+                group.update(self.accepted)  # the commit brought the old ones
+            for callback, (name, saved) in zip(self.callbacks, state["callbacks"], strict=False):
+                if name == type(callback).__name__:  # or it is an accepted change
+                    external.load_state_dict(callback, saved)
+            if state["step"]:
+                device = next(self.trainer.network.parameters()).device
+                self.trainer.loss.load_pending(state["loss"], device)
+                self.trainer.metrics.load_pending(state["metrics"], device)
+            set_rng(state["rng"])
+            self.follow(state["network"])
             self.state = None
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        trainer = self.model
-        device = next(trainer.network.parameters()).device
-        trainer.network.load_state_dict(state["network"])
-        trainer.optimizer.load_state_dict(state["optimizer"])
-        for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
-            external.load_state_dict(callback, saved)
-        if state["step"]:
-            trainer.loss.load_pending(state["loss"], device)
-            trainer.metrics.load_pending(state["metrics"], device)
-        set_rng(state["rng"])
+        self.committed = time.monotonic()
 
     def on_epoch_begin(self, epoch_number: int, logs: dict[str, Any]) -> None:
-        self.epoch = epoch_number
-        self.batches.begin(epoch_number, self.step)
-        done = self.step == self.batches.n_batches
-        self.read_until = self.step if done else self.step - self.step % self.log_every
-        self.at_train_end = self._pending() if done else None
+        self.epoch, step = epoch_number, self.at.step
+        self.trainer.batches.begin(epoch_number, step)
+        is_done = step == self.trainer.batches.n_batches
+        self.read_until = step if is_done else step - step % self.log_every
+        self.at_train_end = self._pending() if is_done else None
         self.n_images = 0
         self.began = self.train_end = time.perf_counter()
 
     def on_backward_end(self, batch_number: int) -> None:
-        self.lr = self.model.optimizer.param_groups[0]["lr"]  # of this step; schedules come after
+        self.at.lr = self.trainer.optimizer.param_groups[0]["lr"]  # of this step; schedules come after
 
     def on_train_batch_end(self, batch_number: int, logs: dict[str, Any]) -> None:
-        self.step += 1
-        self.total_steps += 1
+        at = self.at
+        at.step += 1
+        at.total_steps += 1
         self.n_images += logs["size"]
-        self.run.beat(self.total_steps)
-        last = self.step == self.batches.n_batches
-        if last or self.step % self.log_every == 0:
+        self.run.beat(at.total_steps)
+        is_last = at.step == self.trainer.batches.n_batches
+        if is_last or at.step % self.log_every == 0:
             self._read_losses()
-        if last:
+        if is_last:
             self.train_end = time.perf_counter()
             self.at_train_end = self._pending()
-        if self.stop.signal:
-            self._commit_and_stop()
+        if self.trainer.updated:  # never inside an accumulation
+            self._commit_if_due()
 
     def on_valid_batch_end(self, batch_number: int, logs: dict[str, Any]) -> None:
-        self.run.beat(self.total_steps)
+        self.run.beat(self.at.total_steps)
         if self.stop.signal:
-            self._commit_and_stop()
+            self._commit_if_due()
 
     def on_epoch_end(self, epoch_number: int, logs: dict[str, Any]) -> None:
-        seconds = max(self.train_end - self.began, 1e-9)
-        values = {key: float(value) for key, value in logs.items() if key not in ("epoch", "time")}
+        at, seconds = self.at, max(self.train_end - self.began, 1e-9)
         row = {
             "epoch": epoch_number,
             "time": logs["time"],
-            "lr": self.lr,
-            **values,
+            "lr": at.lr,
+            **{key: float(value) for key, value in logs.items() if key not in ("epoch", "time")},
             "images_per_s": self.n_images / seconds,
-            "data_wait": self.batches.waited / seconds,
+            "data_wait": self.trainer.batches.waited / seconds,
+            "commit_s": self.commit_s,
         }
-        value = row[self.monitor]
-        best = self.best["value"]
+        value, best = row[self.monitor], at.best["value"]
         if best is None or math.isnan(best) or self.sign * value > self.sign * best:
-            self.best = {"epoch": epoch_number, "value": value}
-        self.history.append(row)
-        self.step = 0
-        self._commit(epoch_number, pending=self._pending())
+            at.best = {"epoch": epoch_number, "value": value}
+        at.history.append(row)
+        at.epoch, at.step, at.stopped = epoch_number, 0, self.trainer.stop_training
+        self.commit_s = 0.0  # this epoch's own commit stands in the next row
+        self._commit(self._pending())
+        self.follow(self.trainer.network.state_dict())
         logs.clear()
         logs.update(row)  # for those that stand behind
-        self.follow()
 
-    def follow(self) -> None:
-        """Writes what follows from the last commit: history.csv, best.pt."""
-        if not self.history:
-            return
-        self.run.write_history(self.history)
-        path = self.run.path / "best.pt"
-        if self.step == 0 and self.best["epoch"] == self.history[-1]["epoch"]:
-            network = self.state["network"] if self.state else self.model.network.state_dict()
-            write_checkpoint(path, {"epoch": self.best["epoch"], "network": network})
+    def follow(self, weights: Mapping[str, Tensor]) -> None:
+        """Writes what follows from a commit, whose network has these weights: history.csv, best.pt."""
+        at, began = self.at, time.perf_counter()
+        if at.history:
+            self.run.write_history(at.history)
+        if at.history and at.step == 0 and at.best["epoch"] == at.epoch:
+            write_checkpoint(self.run.path / "best.pt", {"epoch": at.epoch, "network": weights})
+        self.commit_s += time.perf_counter() - began
 
     def _read_losses(self) -> None:
         """Looks for the first loss that is not finite, and gives TensorBoard the mean."""
-        losses = self.model.loss.read(self.read_until)
+        losses = self.trainer.loss.read(self.read_until)
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             step = self.read_until + int(bad[0]) + 1
-            raise NonFinite(
-                f"the loss is {losses[bad[0]].item()} at epoch {self.epoch}, step {step}: try a "
-                "lower learning rate, or training_loop.detect_anomaly=True"
-            )
-        self.read_until = self.step
-        if self.tensorboard and len(losses):
-            self.tensorboard.add_loss(self.total_steps, float(losses.mean()))
+            raise NonFinite(f"the loss is {losses[bad[0]].item()}", self.epoch, step)
+        self.read_until = self.at.step
+        if len(losses):
+            self.tensorboard.add_loss(self.at.total_steps, float(losses.mean()))
 
     def _pending(self) -> dict[str, Any]:
         """What an epoch under way has gathered, and the random numbers' state."""
-        return {"loss": self.model.loss.pending(), "metrics": self.model.metrics.pending(), "rng": get_rng()}
+        return {"loss": self.trainer.loss.pending(), "metrics": self.trainer.metrics.pending(), "rng": get_rng()}
 
-    def _commit_and_stop(self) -> None:
-        # During validation the sums are those of the valid split: take what the training left.
-        pending = self.at_train_end or self._pending()
-        if not pending["loss"]["values"].isfinite().all():
-            self._read_losses()
-        self._commit(self.epoch - 1, pending)
-        raise Stopped(self.stop.signal)
+    def _commit_if_due(self) -> None:
+        at = self.at
+        is_stop = self.stop.signal or (self.stop_at and at.total_steps >= self.stop_at)
+        is_due = (self.commit_steps and at.step % self.commit_steps == 0) or (
+            self.commit_seconds and time.monotonic() - self.committed > self.commit_seconds
+        )
+        if is_stop or is_due:
+            # During validation the sums are those of the valid split: take what the training left.
+            pending = self.at_train_end or self._pending()
+            if not pending["loss"]["values"].isfinite().all():
+                self._read_losses()
+            self._commit(pending)
+        self.stop.raise_if_asked()
+        if is_stop:
+            raise Stopped(f"stopped after {at.total_steps} batches", 0)
 
-    def _commit(self, epoch: int, pending: Mapping[str, Any]) -> None:
-        trainer = self.model
-        if not torch.stack([p.isfinite().all() for p in trainer.network.parameters()]).all():
-            raise NonFinite(
-                f"the weights are no longer finite at epoch {self.epoch}: try a lower learning "
-                "rate, or training_loop.detect_anomaly=True"
-            )
+    def _commit(self, pending: Mapping[str, Any]) -> None:
+        began = time.perf_counter()
+        network = self.trainer.network
+        if not torch.stack([p.isfinite().all() for p in network.parameters()]).all():
+            raise NonFinite("the weights are no longer finite", self.epoch, self.trainer.batches.n_batches)
         self.run.commit(
             {
-                "epoch": epoch,
-                "step": self.step,
-                "total_steps": self.total_steps,
-                "lr": self.lr,
-                "network": trainer.network.state_dict(),
-                "optimizer": trainer.optimizer.state_dict(),
-                "callbacks": [plain(external.state_dict(c)) for c in self.callbacks],
-                "history": self.history,
-                "best": self.best,
-                "stopped": trainer.stop_training,
+                **vars(self.at),
+                "network": network.state_dict(),
+                "optimizer": self.trainer.optimizer.state_dict(),
+                "callbacks": [[type(c).__name__, plain(external.state_dict(c))] for c in self.callbacks],
                 **pending,
             }
         )
+        self.committed = time.monotonic()
+        self.commit_s += time.perf_counter() - began
 
 
 def get_rng() -> dict[str, Any]:

@@ -12,6 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # `src`, as the scripts see it
 
+# A finished run's folder, but for TensorBoard's files; a run of one epoch has no checkpoint.prev.pt.
+RUN_FILES = {"command.sh", "config.gin", "configs", "code.tar.gz", "git.txt", "meta.json", "environment.txt"}
+RUN_FILES |= {"stdout.txt", "stderr.txt", "history.csv", "checkpoint.pt", "checkpoint.prev.pt", "best.pt"}
+RUN_FILES |= {"eval_results.json", "HEARTBEAT", "FINISHED"}
+
 # With it set, lines that a killed process had not flushed would seem safe.
 os.environ.pop("PYTHONUNBUFFERED", None)
 # Networks this small are fastest so, and several processes do not fight for the cores.

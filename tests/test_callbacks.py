@@ -42,6 +42,7 @@ def trainer(callback, lr=0.1) -> poutyne.Model:
     """A Poutyne model with the callback, as training begins."""
     network = nn.Linear(2, 2)
     model = poutyne.Model(network, torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9), None)
+    model.updated = True  # as the loop's own: the last batch ended in an optimizer step
     callback.set_model(model)
     callback.on_train_begin({})
     return model
@@ -144,7 +145,7 @@ def test_early_stopping_remembers_across_a_reload(small, main, name):
     still = f"SGD.lr=0.0;training_loop.callbacks=[@{name}];{name}.monitor='val_loss';{name}.patience=3"
     assert main("train", "a", small, "-b", still) == 0
     assert len(results.load_history("a")) == 2
-    [state] = read_checkpoint(Path("a/checkpoint.pt"))["callbacks"]
+    [(_, state)] = read_checkpoint(Path("a/checkpoint.pt"))["callbacks"]
     assert state["wait"] == 1 and state["best"] == results.load_history("a")[0]["val_loss"]
     more = "training_loop.n_epochs=9;training_loop.reload=True"
     assert main("train", "a", small, "-b", still, "-b", more) == 0

@@ -1,5 +1,6 @@
 """Configs: what is read, what is refused, and that what is recorded reads back."""
 
+import re
 from pathlib import Path
 
 import gin
@@ -74,11 +75,17 @@ def test_an_open_quote_or_bracket_in_a_binding_is_refused(text):
         config.read([], [text])
 
 
+def test_bindings_are_split_outside_quotes_brackets_and_comments():
+    text = "a.x=';' # it's; not split\n  b.y=[1,\n2]; c.z='''\n;''';;\n d.w=\\\n3"
+    assert config.split_bindings(text) == ["a.x=';' # it's; not split", "b.y=[1,\n2]", "c.z='''\n;'''", "d.w=\\\n3"]
+
+
 def test_a_binding_must_bind():
     with pytest.raises(Refused, match="is no binding"):
         config.read([], ["include 'a.gin'"])
-    with pytest.raises(Refused, match=r"-b 'SGD\.lr'"):
-        config.read([], ["SGD.lr"])
+    for text in ("SGD.lr", "SGD.lr={[]: 1}"):
+        with pytest.raises(Refused, match=f"-b {re.escape(repr(text))}: "):
+            config.read([], [text])
 
 
 values = st.recursive(
@@ -187,6 +194,28 @@ def test_defaults_scopes_and_all_members_of_first_available_count_as_used(write)
     chosen = found.choose("data", 1).flat()
     assert chosen["training_loop.data"] == "@few/digits"
     assert not any(key.startswith(("cifar10", "first_available")) for key in chosen)
+
+
+def test_first_availables_choice_stays_in_its_scope(write):
+    name = write(MINIMAL + "training_loop.data = @few/first_available\nfew/digits.n_train = 100\n")
+    chosen = checked(name, b=("first_available.of=[@cifar10, @digits]",)).choose("data", 1).flat()
+    assert chosen["training_loop.data"] == "@few/digits" and chosen["few/digits.n_train"] == "100"
+
+
+def test_a_setting_can_be_replaced(write):
+    found = checked(write(MINIMAL + "training_loop.callbacks = [@a/EarlyStopping]\na/EarlyStopping.patience = 3\n"))
+    changed = found.set("training_loop.n_epochs", 5).set("a/EarlyStopping.patience", 4)
+    assert changed.text() == checked(write(changed.text(), "b.gin")).text()
+    assert dict(changed.flat().items() - found.flat().items()) == {
+        "training_loop.n_epochs": "5",
+        "a/EarlyStopping.patience": "4",
+    }
+    without = found.set("training_loop.callbacks", [])
+    assert not any("EarlyStopping" in key for key in without.flat())
+    with pytest.raises(KeyError):
+        without.set("a/EarlyStopping.patience", 4)
+    with pytest.raises(KeyError):
+        found.set("SGDD.lr", 1)
 
 
 def test_what_is_recorded_reads_back_to_the_same_config(write):

@@ -64,7 +64,13 @@ def test_cnn_takes_what_can_be_had_and_the_record_names_it(cifar, main, capfd):
     # The same run on other data is another run.
     more = ("-b", "training_loop.n_epochs=3;training_loop.reload=True")
     assert main("train", "online", *quick, *nowhere, *more) == 2
-    assert "was trained on cifar10" in capfd.readouterr().err
+    message = capfd.readouterr().err
+    assert "data: cifar10 (fingerprint" in message and 'training_loop.data=@cifar10" takes the data' in message
+    # The other way round, the network is back: the message says how to go on.
+    assert main("train", "offline", *quick, "-b", cifar, *more) == 2
+    said = '-b "training_loop.data=@digits"'
+    assert said in capfd.readouterr().err
+    assert main("train", "offline", *quick, *more, "-b", said[4:-1]) == 0
 
 
 @pytest.mark.slow

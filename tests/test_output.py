@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from src.run import FILES, read_meta
+from src.run import read_meta
+from tests.conftest import RUN_FILES
 
 ROOT = Path(__file__).parents[1]
 # By four ways at once. No flush, and the last lines of C and Python end without a newline.
@@ -375,7 +376,7 @@ def assert_complete(run_dir: str) -> None:
     assert written.endswith("\n") and "\ntest  n 359" in written
     assert Path(run_dir, "stderr.txt").read_text() == SAID_ERRORS.format("last")
     assert not re.search("[█░\x1b\r]", written)
-    assert (read_meta(Path(run_dir))["status"], set(FILES) - set(os.listdir(run_dir))) == ("finished", set())
+    assert (read_meta(Path(run_dir))["status"], RUN_FILES - set(os.listdir(run_dir))) == ("finished", set())
 
 
 @pytest.mark.slow

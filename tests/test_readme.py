@@ -17,6 +17,7 @@ import pytest
 from src import config, results
 from src.config import ROOT
 from src.record import code_files
+from tests.conftest import RUN_FILES
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
@@ -37,10 +38,8 @@ def test_paths_in_the_readme_exist():
 
 
 def test_the_table_of_the_run_folder_names_every_file():
-    from src.run import FILES
-
     table = README.split("## The run folder")[1].split("## ")[0]
-    for name in FILES:
+    for name in RUN_FILES:
         assert re.search(rf"^\|.*\b{re.escape(name)}", table, re.M), name
 
 

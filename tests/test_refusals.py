@@ -110,7 +110,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_not_touched(place, main, capfd
         f"{reload};SGD.lr=0.5": "  SGD.lr: 0.05 -> 0.5",
         f"{reload};SimpleCNN.n_dense=8": "  SimpleCNN.n_dense: 16 -> 8",
         f"{reload};training_loop.seed=1": "  training_loop.seed: 0 -> 1",
-        f"{reload};digits.n_train=500": "was trained on digits (fingerprint ",
+        f"{reload};digits.n_train=500": "data: digits (fingerprint ",
         f"{reload};training_loop.optimizer=@Adam": "training_loop.optimizer: @SGD -> @Adam",
     }
     for bindings, message in refusals.items():
@@ -130,6 +130,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_not_touched(place, main, capfd
 
 def test_a_folder_that_may_not_be_written_to_is_refused(place, capfd):
     """As an unprivileged user: root may write anywhere."""
+    from src import config
     from src.config import Refused
     from src.run import Run
 
@@ -143,7 +144,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused(place, capfd):
             os.setgid(65534)
             os.setuid(65534)
         try:
-            Run("closed/run")
+            Run("closed/run", config.read(["small.gin"]), [])
         except Refused as refusal:
             os._exit(3 if "closed cannot be written to" in refusal.message else 4)
         os._exit(5)

@@ -101,8 +101,12 @@ def test_prune_lists_and_deletes_checkpoints_of_finished_runs(runs, main, capfd)
     assert "best.pt" in left and not {"checkpoint.pt", "checkpoint.prev.pt"} & left
     assert (runs / "b/checkpoint.pt").exists()
     assert main("evaluate", "runs/a") == 0
-    assert main("train", "runs/a", "runs/small.gin", "-b", "training_loop.reload=True") == 2
+    before = sorted((f.name, f.stat().st_mtime_ns) for f in (runs / "a").iterdir())
+    reload = "training_loop.reload=True"
+    assert main("train", "runs/a", "runs/small.gin", "-b", reload) == 0  # nothing is left to do
+    assert main("train", "runs/a", "runs/small.gin", "-b", f"{reload};training_loop.n_epochs=9") == 2
     assert "checkpoints were deleted" in capfd.readouterr().err
+    assert sorted((f.name, f.stat().st_mtime_ns) for f in (runs / "a").iterdir()) == before
 
 
 def test_models_of_two_runs_stand_side_by_side(runs):

@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
+from benchmarks.kill import run_difference
 from src import results
-from src.run import FILES, read_checkpoint, read_meta
+from src.run import read_checkpoint, read_meta
+from tests.conftest import RUN_FILES
 
 SMALL = """
 training_loop.data = @digits
@@ -39,36 +40,16 @@ def small(tmp_path, monkeypatch):
     return "small.gin"
 
 
-def equal(a, b, place=""):
-    """Asserts that two checkpoints hold the same, but for times and speeds."""
-    assert type(a) is type(b), place
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), place
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), place
-        for key in a.keys() - {"time", "images_per_s", "data_wait"}:
-            equal(a[key], b[key], f"{place}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), place
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            equal(x, y, f"{place}/{i}")
-    else:
-        assert a == b or (a != a and b != b), place
-
-
 def assert_same_run(a, b):
     """The design's equality: tensor bytes, history and test metrics."""
-    equal(read_checkpoint(Path(a, "checkpoint.pt")), read_checkpoint(Path(b, "checkpoint.pt")))
-    equal(read_checkpoint(Path(a, "best.pt")), read_checkpoint(Path(b, "best.pt")))
-    equal(results.load_history(a), results.load_history(b))
-    assert Path(a, "eval_results.json").read_text() == Path(b, "eval_results.json").read_text()
+    assert run_difference(Path(a), Path(b)) is None
 
 
 def test_a_run_leaves_every_file_of_its_folder(small, train):
     done = train("runs/a b", small, "-b", "SGD.lr=0.03;training_loop.seed=3")
     assert done.returncode == 0, done.stderr
     run = Path("runs/a b")
-    assert {f.name for f in run.iterdir() if "tfevents" not in f.name} == set(FILES)
+    assert {f.name for f in run.iterdir() if "tfevents" not in f.name} == RUN_FILES
     assert len(list(run.glob("events.out.tfevents.*"))) == 1
     assert (run / "stdout.txt").read_text() == done.stdout
     assert (run / "stderr.txt").read_text() == done.stderr == ""
@@ -78,7 +59,7 @@ def test_a_run_leaves_every_file_of_its_folder(small, train):
     assert meta["data"]["name"] == "digits" and meta["model"] == "SimpleCNN"
     assert meta["starts"][0]["stop"] and meta["starts"][0]["threads"] == 1
     columns = next(csv.reader((run / "history.csv").read_text().splitlines()))
-    expected = "epoch,time,lr,loss,acc,val_loss,val_acc,images_per_s,data_wait"
+    expected = "epoch,time,lr,loss,acc,val_loss,val_acc,images_per_s,data_wait,commit_s"
     assert columns == expected.split(",")
     assert [row["lr"] for row in results.load_history(run)] == [0.03, 0.03]
     assert json.loads((run / "eval_results.json").read_text())["n"] == 359

@@ -83,6 +83,19 @@ def state_dict(callback: poutyne.Callback) -> dict[str, Any]:
     )
 
 
+def try_callback(callback: poutyne.Callback, optimizer: Any) -> None:
+    """Raises Refused if the callback does not say what it remembers, or its scheduler refuses its settings.
+
+    optimizer: one to throw away, since a scheduler changes the learning rate.
+    """
+    state_dict(callback)
+    if hasattr(callback, "torch_lr_scheduler"):
+        try:
+            callback.torch_lr_scheduler(optimizer, *callback.args, **callback.kwargs)
+        except (TypeError, ValueError) as error:
+            raise Refused(f"{type(callback).__name__}: {error}") from None
+
+
 def load_state_dict(callback: poutyne.Callback, state: dict[str, Any]) -> None:
     """Gives the callback what `state_dict` returned."""
     if type(callback) is poutyne.EarlyStopping:

@@ -15,6 +15,8 @@ class LRSchedule(Callback):
         base_lr: learning rate that the factors multiply.
         schedule: pairs [last epoch, factor] in rising order: [[2, 1.0], [10, 0.1]] gives base_lr in
             epochs 1 and 2, a tenth of it in 3 to 10, and the last factor after that.
+
+    Raises ValueError if the epochs do not rise.
     """
 
     stateless = True
@@ -22,7 +24,8 @@ class LRSchedule(Callback):
     def __init__(self, base_lr: float, schedule: Sequence[Sequence[float]] = ((1, 1.0),)) -> None:
         super().__init__()
         epochs = [epoch for epoch, _ in schedule]
-        assert epochs and epochs == sorted(set(epochs)), f"epochs must rise: {schedule}"
+        if not epochs or epochs != sorted(set(epochs)):
+            raise ValueError(f"schedule = {schedule}: its epochs must rise")
         self.base_lr = base_lr
         self.schedule = schedule
 

@@ -10,7 +10,7 @@ from poutyne import Callback
 
 REFRESH_SECONDS = 0.1
 BAR_WIDTH = 24
-TIMES = ("epoch", "time", "lr", "images_per_s", "data_wait")
+TIMES = ("epoch", "time", "lr", "images_per_s", "data_wait", "commit_s")
 
 
 class Progress(Callback):
@@ -18,16 +18,16 @@ class Progress(Callback):
 
     Args:
         terminal: file descriptor that the bar is drawn on, or None.
-        n_steps: steps an epoch.
+        batches: those of training.
         batch_size: for the images a second.
     """
 
     stateless = True
 
-    def __init__(self, terminal: int | None, n_steps: int, batch_size: int) -> None:
+    def __init__(self, terminal: int | None, batches: Any, batch_size: int) -> None:
         super().__init__()
         self.terminal = terminal
-        self.n_steps = n_steps
+        self.batches = batches
         self.batch_size = batch_size
 
     def on_epoch_begin(self, epoch_number: int, logs: dict[str, Any]) -> None:
@@ -40,12 +40,13 @@ class Progress(Callback):
         now = time.monotonic()
         if now - self.drawn_at > REFRESH_SECONDS:
             self.drawn_at = now
+            done, of = self.batches.start + batch_number, self.batches.n_batches
             speed = batch_number / (now - self.began)
-            left = (self.n_steps - batch_number) / speed
-            filled = BAR_WIDTH * batch_number // self.n_steps
+            left = (of - done) / speed
+            filled = BAR_WIDTH * done // of
             self._draw(
                 f"epoch {self.epoch}/{self.params['epochs']} "
-                f"{'█' * filled}{'░' * (BAR_WIDTH - filled)} {batch_number}/{self.n_steps}  "
+                f"{'█' * filled}{'░' * (BAR_WIDTH - filled)} {done}/{of}  "
                 f"{speed * self.batch_size:,.0f} images/s  {clock(left)} left"
             )
 

@@ -1,14 +1,17 @@
 """TensorBoard points of a run; they follow the commits."""
 
+import os
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from poutyne import Callback
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import hparams, scalar, text
 
 EPOCH_TAG = "epoch/loss"
 STEP_TAG = "step/loss"
@@ -42,21 +45,27 @@ class TensorBoard(Callback):
         self.settings = settings
         self.folder = folder
         if not epochs:
-            self.writer.add_text("config", "    " + config.replace("\n", "\n    "))
+            self._write(text("config", "    " + config.replace("\n", "\n    ")), 0)  # type: ignore[no-untyped-call]
         for row in history:
             if row["epoch"] not in epochs:
                 self._add(row)
 
     @cached_property
-    def writer(self) -> SummaryWriter:
-        """Makes the start's event file when there is something to write."""
-        return SummaryWriter(str(self.folder))
+    def _file(self) -> RecordWriter:
+        """The start's event file, made when there is something to write."""
+        # Not by SummaryWriter: it writes in a thread, whose errors end in a traceback of their own.
+        name = f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
+        file = RecordWriter(open(self.folder / name, "ab", buffering=0))  # noqa: SIM115
+        file.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        return file
+
+    def _write(self, summary: Summary, step: int) -> None:
+        self._file.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
 
     def add_loss(self, step: int, loss: float) -> None:
         """The mean loss of the steps up to `step`, counted over the whole run."""
         if step > self.last_step:
-            self.writer.add_scalar(STEP_TAG, loss, step)
-            self.writer.flush()  # 7 us; a stop inside the epoch leaves no gap
+            self._write(scalar(STEP_TAG, loss), step)  # type: ignore[no-untyped-call]
 
     def on_epoch_end(self, epoch_number: int, logs: Mapping[str, float]) -> None:
         self._add(logs)
@@ -64,9 +73,7 @@ class TensorBoard(Callback):
     def _add(self, row: Mapping[str, float], prefix: str = "epoch") -> None:
         # One record, so that a kill leaves all of an epoch's points or none.
         points = [Summary.Value(tag=f"{prefix}/{k}", simple_value=v) for k, v in row.items() if k != "epoch"]
-        file = self.writer._get_file_writer()  # type: ignore[no-untyped-call]
-        file.add_summary(Summary(value=points), int(row["epoch"]))
-        self.writer.flush()
+        self._write(Summary(value=points), int(row["epoch"]))
 
     def finish(self, row: Mapping[str, float]) -> None:
         """Writes the hparams with the metrics of the last epoch, unless they are there, and closes the file."""
@@ -74,9 +81,9 @@ class TensorBoard(Callback):
             return
         metrics = {f"final/{name}": value for name, value in row.items() if name != "epoch"}
         for summary in hparams(dict(self.settings), dict(metrics)):  # type: ignore[no-untyped-call]
-            self.writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+            self._write(summary, 0)
         self._add(row, "final")  # last: it says that all of this is there
-        self.writer.close()
+        self._file.close()
 
 
 def _written(folder: Path) -> tuple[set[int], set[int], int]:

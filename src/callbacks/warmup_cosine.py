@@ -18,11 +18,14 @@ class WarmupCosine(Callback):
             that trains longer is still the same run; after it the rate stays where it is.
         warmup_steps: steps of the warm-up, a part of total_steps.
         final: the last rate as a share of the optimizer's.
+
+    Raises ValueError if warmup_steps is not below total_steps.
     """
 
     def __init__(self, total_steps: int, warmup_steps: int = 0, final: float = 0.0) -> None:
         super().__init__()
-        assert 0 <= warmup_steps < total_steps, f"{warmup_steps=} must be below {total_steps=}"
+        if not 0 <= warmup_steps < total_steps:
+            raise ValueError(f"warmup_steps = {warmup_steps} must be below total_steps = {total_steps}")
         self.total_steps = total_steps
         self.warmup_steps = warmup_steps
         self.final = final
@@ -41,7 +44,7 @@ class WarmupCosine(Callback):
         self._set()
 
     def on_train_batch_end(self, batch_number: int, logs: dict[str, Any]) -> None:
-        self.step += 1
+        self.step += self.model.updated
         self._set()
 
     def _set(self) -> None:

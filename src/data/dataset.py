@@ -1,10 +1,14 @@
 """What a data set is to the training loop, and the batches it gives."""
 
+import copy
 import hashlib
+import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -47,10 +51,12 @@ class TensorSplit:
     def __len__(self) -> int:
         return len(self.x)
 
-    def to(self, device: torch.device | str) -> "TensorSplit":
+    def to(self, device: torch.device | str) -> Self:
         """The same split with all tensors on `device`."""
-        moved = TensorSplit(self.x.to(device), self.y.to(device), augment=self.augment)
-        moved.scale, moved.shift = self.scale.to(device), self.shift.to(device)
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.to(device))
         return moved
 
     def batches(
@@ -61,21 +67,58 @@ class TensorSplit:
         The last one may be smaller. seed None: in order and not augmented, for valid and test.
         Else batch k is a pure function of (seed, epoch, k), so that there is no state to save.
         """
-        if seed is not None:
-            order = torch.randperm(len(self), generator=_generator(seed, epoch))
-            order = send(order, self.x.device)
-        for k in range(start, -(-len(self) // batch_size)):
-            rows = slice(k * batch_size, (k + 1) * batch_size)
-            if seed is None:
-                x, y = self.x[rows], self.y[rows]
-            else:
-                x, y = self.x.index_select(0, order[rows]), self.y.index_select(0, order[rows])
+        order = None if seed is None else torch.randperm(len(self), generator=_generator(seed, epoch))
+        for k, (x, y) in enumerate(self._gather(batch_size, order, start), start):
+            if seed is not None:
                 generator = _generator(seed, epoch, k)
                 for function in self.augment:
                     x = function(x, generator)
             # A copy, which may be changed in place. x * scale + shift is far slower for uint8.
             x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
             yield x.mul_(self.scale).add_(self.shift), y
+
+    def _gather(self, batch_size: int, order: Tensor | None, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows of x and y in batches from the `start`-th on, in the order, on the device."""
+        order = order if order is None else send(order, self.x.device)
+        for first in range(start * batch_size, len(self), batch_size):
+            rows = slice(first, first + batch_size)
+            if order is None:
+                yield self.x[rows], self.y[rows]
+            else:
+                yield self.x.index_select(0, order[rows]), self.y.index_select(0, order[rows])
+
+
+class Batches:
+    """An iterable over one epoch's batches of a split, at most `limit` of them.
+
+    Without __len__: Poutyne would cycle a sized iterable to fill an epoch. seed None: the split in
+    order and not augmented, for validation; else `begin` says which epoch the next iteration is.
+    n_batches: of a whole epoch. waited: seconds that the current iteration took to give its batches.
+    """
+
+    def __init__(self, split: TensorSplit, batch_size: int, seed: int | None = None, limit: int | None = None) -> None:
+        self.split, self.batch_size, self.seed = split, batch_size, seed
+        n_batches = math.ceil(len(split) / batch_size)
+        self.n_batches = min(n_batches, limit or n_batches)
+        self.waited = 0.0
+        self.begin(epoch=0, start=0)
+
+    def begin(self, epoch: int, start: int) -> None:
+        """The next iteration is of epoch `epoch`, from batch `start` on."""
+        self.epoch, self.start = epoch, start
+
+    def n_images(self, first: int, after: int) -> int:
+        """In the batches from `first` on, before `after`."""
+        return min(after * self.batch_size, len(self.split)) - first * self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.waited = 0.0
+        batches = self.split.batches(self.batch_size, seed=self.seed, epoch=self.epoch, start=self.start)
+        for _ in range(self.start, self.n_batches):
+            began = time.perf_counter()
+            batch = next(batches)
+            self.waited += time.perf_counter() - began
+            yield batch
 
 
 def _generator(*key: int) -> Generator:

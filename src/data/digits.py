@@ -1,5 +1,4 @@
 import gzip
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,21 +22,20 @@ def digits(n_train: int | None = None, padding: int = 0) -> Data:
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
     Repository (1998); its test set.
     """
-    x, y = _read()
+    x, y = read()
     fifth = len(x) // 5
     train, valid, test = stratified_split(y, [len(x) - 2 * fifth, fifth, fifth])
     train = first_n(train, n_train)
-    split = partial(TensorSplit, mean=MEAN, std=STD)
     splits = (
-        split(x[train], y[train], augment=[random_crop(padding)] if padding else []),
-        split(x[valid], y[valid]),
-        split(x[test], y[test]),
+        TensorSplit(x[train], y[train], mean=MEAN, std=STD, augment=[random_crop(padding)] if padding else []),
+        TensorSplit(x[valid], y[valid], mean=MEAN, std=STD),
+        TensorSplit(x[test], y[test], mean=MEAN, std=STD),
     )
     return Data("digits", *splits, (1, 8, 8), 10, fingerprint(*splits))
 
 
-def _read() -> tuple[Tensor, Tensor]:
-    """x [1797, 1, 8, 8], 0..1, and y [1797]. Importing sklearn.datasets would take a second."""
+def read() -> tuple[Tensor, Tensor]:
+    """The images x [1797, 1, 8, 8], 0..1, and y [1797]. Importing sklearn.datasets would take a second."""
     spec = find_spec("sklearn")
     if spec is None or spec.origin is None:
         raise Refused("digits come with scikit-learn, which is not installed: source e.sh")

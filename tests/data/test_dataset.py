@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from src.config import Refused
 from src.data.augment import random_crop, random_flip
-from src.data.dataset import TensorSplit, data_dir, fingerprint, first_n, shown, stratified_split
+from src.data.dataset import Batches, TensorSplit, data_dir, fingerprint, first_n, shown, stratified_split
 
 
 def make_split(n: int) -> TensorSplit:
@@ -81,6 +82,33 @@ def test_without_seed_in_order_normalised_and_not_augmented() -> None:
     torch.testing.assert_close(x, (split.x / 255 - mean) / std)
     assert torch.equal(split.x, before)
     assert equal(list(split.batches(4, start=2)), batches[2:])
+
+
+@pytest.mark.parametrize("limit", [None, 2, 9])
+def test_batches_of_an_epoch(limit: int | None) -> None:
+    split = make_split(14)
+    train, valid = Batches(split, 4, seed=3, limit=limit), Batches(split, 4, limit=limit)
+    assert not hasattr(train, "__len__")
+    assert train.n_batches == valid.n_batches == min(limit or 4, 4)
+    for epoch, start in ((1, 0), (2, 1), (2, train.n_batches)):
+        train.begin(epoch, start)
+        assert equal(list(train), list(split.batches(4, seed=3, epoch=epoch))[start:limit])
+    for _ in range(2):
+        assert equal(list(valid), list(split.batches(4))[:limit])
+
+
+def test_batches_measure_the_wait_for_data() -> None:
+    def slow(x: Tensor, generator: torch.Generator) -> Tensor:
+        time.sleep(0.02)
+        return x
+
+    split = make_split(12)
+    split.augment = (slow,)
+    batches = Batches(split, 4, seed=0)
+    for _ in range(2):
+        for _ in batches:
+            time.sleep(0.1)  # the consumer's own time
+        assert 0.06 <= batches.waited < 0.2
 
 
 def test_float_data_are_normalised_as_they_are_and_not_changed() -> None:

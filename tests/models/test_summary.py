@@ -4,7 +4,7 @@ from torch import nn
 from torchvision import models
 
 from src.models import MLP, ResNet18, SimpleCNN
-from src.models.summary import MAX_ROWS, summarise
+from src.models.summary import summarise
 
 NETWORKS = {
     "SimpleCNN": lambda: SimpleCNN((3, 32, 32), 10),
@@ -26,7 +26,6 @@ def test_table(name):
     assert header.split() == ["layer", "type", "output", "parameters"]
     assert len({len(line) for line in [header, *rows]}) == 1
     assert len(header) <= 100
-    assert 1 <= len(rows) <= MAX_ROWS
     n_total = sum(p.numel() for p in network.parameters())
     assert sum(int(row.split()[-1].replace(",", "")) for row in rows) == n_total
     assert total == f"{n_total:,} parameters, {n_total:,} of them trainable"

@@ -1,0 +1,193 @@
+#!/usr/bin/env python3
+"""Kills bin/train.py at random moments, continues it, and compares it with runs that were left alone.
+
+    benchmarks/kill.py --kills 200        # prints "200/200 identical"
+    benchmarks/kill.py --kills 10 --seed 7 --case adam
+
+Each case is trained once undisturbed. Then it is trained again and again: started with reload=True, killed
+by SIGKILL, as often as KILLS_A_RUN, and at last left to finish. Weights, optimizer, history and test metrics
+have to be the same, to the bit; every kill of such a run counts as identical, or none. Five kills of six
+come while it trains, validates, commits or tests, the others while it starts. Exit code 1 if any differs.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from src.config import ROOT
+from src.results import TIMES, load_history
+
+KILLS_A_RUN = 5
+COMMON = """
+training_loop.data = @digits
+digits.padding = 1
+training_loop.model = @SimpleCNN
+SimpleCNN.n_filters = [8, 8]
+SimpleCNN.n_dense = 32
+SimpleCNN.dropout = 0.3
+training_loop.batch_size = 8
+training_loop.n_epochs = 6
+"""
+CASES = {
+    "momentum": """
+training_loop.optimizer = @SGD
+SGD.momentum = 0.9
+training_loop.callbacks = [@LRSchedule, @ReduceLROnPlateau]
+LRSchedule.base_lr = 0.02
+LRSchedule.schedule = [[2, 1.0], [4, 0.3], [6, 0.1]]
+training_loop.commit_every = 40
+""",
+    "adam": """
+training_loop.optimizer = @Adam
+Adam.lr = 0.003
+training_loop.accumulate = 3
+training_loop.callbacks = [@WarmupCosine, @EarlyStopping]
+WarmupCosine.total_steps = 270
+WarmupCosine.warmup_steps = 20
+EarlyStopping.patience = 2
+""",
+    "workers": """
+training_loop.data = @image_folder
+image_folder.folder = 'digits'
+image_folder.size = 8
+image_folder.n_workers = 2
+training_loop.optimizer = @SGD
+SGD.lr = 0.02
+SGD.momentum = 0.9
+training_loop.commit_every = '0.01min'
+training_loop.n_epochs = 4
+""",
+}
+
+
+def difference(a: Any, b: Any, place: str = "") -> str | None:
+    """Where two checkpoints or lists of results differ first, but for times and speeds; or None."""
+    import torch
+
+    if type(a) is not type(b):
+        return place
+    if isinstance(a, torch.Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    elif isinstance(a, dict | list | tuple):
+        if len(a) != len(b) or (isinstance(a, dict) and a.keys() != b.keys()):
+            return place
+        keys = [key for key in a if key not in TIMES] if isinstance(a, dict) else range(len(a))
+        return next((found for key in keys if (found := difference(a[key], b[key], f"{place}/{key}"))), None)
+    else:
+        same = a == b or (a != a and b != b)
+    return None if same else place
+
+
+def run_difference(a: Path, b: Path) -> str | None:
+    """Where two finished runs differ first: last commit, best weights, history, test metrics."""
+    from src.run import read_checkpoint
+
+    def content(run: Path) -> dict[str, Any]:
+        files = {name: read_checkpoint(run / name) for name in ("checkpoint.pt", "best.pt")}
+        return files | {"history": load_history(run), "test": json.loads((run / "eval_results.json").read_text())}
+
+    return difference(content(a), content(b))
+
+
+def write_images(folder: Path) -> None:
+    """The digits as PNG files, in a folder for each class."""
+    from PIL import Image
+
+    from src.data.digits import read
+
+    x, y = read()
+    for k, (image, label) in enumerate(zip(x, y.tolist(), strict=True)):
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image[0] * 255).byte().numpy()).save(folder / str(label) / f"{k}.png")
+
+
+def train(run: Path, config: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(ROOT / "bin/train.py"), str(run), str(config), "-b", "training_loop.reload=True"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DATA_DIR": str(config.parent)}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+
+
+def starts(run: Path) -> int:
+    """How often the run has begun to train."""
+    meta = run / "meta.json"
+    return len(json.loads(meta.read_text())["starts"]) if meta.exists() else 0
+
+
+def kill_once(run: Path, config: Path, dice: random.Random, startup: float, training: float) -> bool:
+    """Starts the run and kills it at a random moment; False if it was finished before."""
+    process, before = train(run, config), starts(run)
+    if dice.random() < 1 / 6:
+        time.sleep(dice.uniform(0, startup))
+    else:
+        while process.poll() is None and starts(run) == before:
+            time.sleep(0.005)
+        time.sleep(dice.uniform(0, training))
+    finished = process.poll() is not None
+    process.kill()
+    process.wait()
+    return not finished
+
+
+def undisturbed(run: Path, config: Path) -> tuple[float, float]:
+    """Trains to the end; seconds until the training began, and from then on."""
+    began, process = time.monotonic(), train(run, config)
+    while process.poll() is None and not starts(run):
+        time.sleep(0.005)
+    startup = time.monotonic() - began
+    assert process.wait() == 0, (run / "stderr.txt").read_text() if run.exists() else "it did not start"
+    return startup, time.monotonic() - began - startup
+
+
+def attempts(
+    folder: Path, cases: list[str], n_kills: int, dice: random.Random
+) -> Iterator[tuple[str, int, str | None]]:
+    """Case, number of kills and first difference, of one run after another."""
+    times = {}
+    for case in cases:
+        config = folder / f"{case}.gin"
+        config.write_text(COMMON + CASES[case])
+        times[case] = undisturbed(folder / case, config)
+    done = number = 0
+    while done < n_kills:
+        case = cases[number % len(cases)]
+        run, config = folder / f"{case}-{number}", folder / f"{case}.gin"
+        killed, number = 0, number + 1
+        while killed < min(KILLS_A_RUN, n_kills - done) and kill_once(run, config, dice, *times[case]):
+            killed += 1
+        if killed:
+            train(run, config).wait()
+            yield case, killed, run_difference(folder / case, run)
+        done += killed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="of the moments; printed")
+    parser.add_argument("--case", choices=CASES, action="append", help="default: all")
+    arguments = parser.parse_args()
+    print(f"seed {arguments.seed}", flush=True)
+    identical = total = 0
+    with tempfile.TemporaryDirectory(prefix="kill.") as folder:
+        write_images(Path(folder, "digits"))
+        cases = arguments.case or list(CASES)
+        for case, killed, found in attempts(Path(folder), cases, arguments.kills, random.Random(arguments.seed)):
+            total += killed
+            identical += 0 if found else killed
+            print(f"{case}: {killed} kills, {f'differs at {found}' if found else 'identical'}", flush=True)
+    print(f"{identical}/{total} identical")
+    return int(identical < total)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

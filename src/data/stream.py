@@ -1,0 +1,70 @@
+"""Data that do not fit into memory: read batch by batch, by worker processes, ahead of need."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from src.data.augment import Augmentation
+from src.data.dataset import TensorSplit
+
+
+class StreamSplit(TensorSplit):
+    """A split whose inputs are read when they are needed; the order and the batches are as TensorSplit's.
+
+    read: gives the input [C, H, W], uint8, of one of the items. y: [N], int64.
+    n_workers: processes that read; None: one for each core that the process may use, 0: none.
+    mean, std, augment: as TensorSplit's; augmentation is done a batch at a time, on the device.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[str],
+        y: Tensor,
+        read: Callable[[str], Tensor],
+        *,
+        n_workers: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        augment: Sequence[Augmentation] = (),
+    ) -> None:
+        super().__init__(y.new_empty((len(y), 0, 0, 0), dtype=torch.uint8), y, mean=mean, std=std, augment=augment)
+        self.items, self.read = items, read
+        self.n_workers = available_cores() if n_workers is None else n_workers
+
+    def _gather(self, batch_size: int, order: Tensor | None, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.arange(len(self)) if order is None else order
+        batches = [order[k : k + batch_size] for k in range(start * batch_size, len(self), batch_size)]
+        loader = DataLoader(
+            _Rows(self.items, self.read),
+            sampler=batches,  # a batch of rows is one sample
+            batch_size=None,
+            num_workers=self.n_workers,
+            pin_memory=self.y.device.type == "cuda",
+            worker_init_fn=_leave_signals_to_parent,
+            generator=torch.Generator(),  # or it would draw from the one that dropout draws from
+        )
+        for rows, x in zip(batches, loader, strict=True):
+            yield x.to(self.y.device, non_blocking=True), self.y[rows.to(self.y.device)]
+
+
+class _Rows(Dataset[Tensor]):
+    def __init__(self, items: Sequence[str], read: Callable[[str], Tensor]) -> None:
+        self.items, self.read = items, read
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return torch.stack([self.read(self.items[row]) for row in rows.tolist()])
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGUSR1):  # sent to all processes of a terminal or a job
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def available_cores() -> int:
+    """Cores that this process may use: those of the machine, the job or the container's mask."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,70 @@
+"""Repeats a run from its folder alone: its code, its settings, in their order."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from src.config import Refused
+from src.data.dataset import data_dir
+from src.results import load_history
+from src.run import read_meta
+
+
+def reproduce(run: Path, new: Path) -> None:
+    """Runs the code that `run` keeps, with its settings, into the folder `new`.
+
+    It runs that code, so it must be as trusted as any program. Starts between which neither settings
+    nor code have changed are repeated as one undisturbed run. Output goes where ours goes.
+
+    Raises Refused if there is no run with a committed epoch, or `new` is unfit; RuntimeError if the
+    repeated run fails.
+    """
+    history = load_history(run)
+    if not history:
+        raise Refused(f"{run}: has no epoch to compare with")
+    parts = parts_of(read_meta(run)["starts"])
+    for k, part in enumerate(parts):
+        bindings = [f"training_loop.n_epochs={len(history)}"]
+        if k > 0:
+            bindings += ["training_loop.reload=True", "training_loop.accept_changes=True"]
+        if k + 1 < len(parts):  # up to where the next one began
+            epoch, step, total = (parts[k + 1][key] for key in ("epoch", "step", "total_steps"))
+            bindings += [f"training_loop.stop_at={total}" if step else f"training_loop.n_epochs={epoch}"]
+        with tempfile.TemporaryDirectory(prefix="reproduce.") as folder:
+            with tarfile.open(run / part["code"]) as archive:
+                archive.extractall(f"{folder}/code", filter="data")  # no path leads out of the folder
+            config, script = Path(folder, "config.gin"), Path(folder, "code/bin/train.py")
+            config.write_text(part["config"], encoding="utf-8")
+            command = [sys.executable, str(script), f"--bindings={';'.join(bindings)}", "--", str(new), str(config)]
+            environment = os.environ | {"DATA_DIR": str(data_dir()), "OMP_NUM_THREADS": str(part["threads"])}
+            code = subprocess.run(command, env=environment).returncode
+        if code == 2 and k == 0:
+            raise Refused(f"{run}: cannot be repeated, see above")
+        if code:
+            raise RuntimeError(f"{run}: its code failed with exit code {code}, see above")
+
+
+def parts_of(starts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each start since the beginning that changed settings or code, with both as they were then."""
+    parts: list[dict[str, Any]] = []
+    for start in starts:
+        if not start["total_steps"]:  # nothing was committed before
+            parts = []
+        if not parts:
+            parts.append(dict(start))
+        elif "config" in start or "code" in start:
+            parts.append({**parts[-1], **start})
+    return parts
+
+
+def differing_surroundings(run: Path, new: Path) -> list[str]:
+    """What of versions, device and threads is not the same in the last starts of two runs."""
+    a, b = (read_meta(path)["starts"][-1] for path in (run, new))
+    a, b = ({**start.pop("versions"), **start} for start in (a, b))
+    keys = [*read_meta(run)["starts"][-1]["versions"], "python", "platform", "device", "threads"]
+    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in keys if a.get(key) != b.get(key)]

@@ -1,0 +1,88 @@
+"""image_folder: real files, read by worker processes; the same batches whatever their number."""
+
+import os
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from src.config import Refused
+from src.data import image_folder
+from src.data.augment import random_crop
+from src.data.dataset import TensorSplit, Unavailable
+from src.data.image_folder import read_image
+from src.data.stream import available_cores
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """60 images of several sizes and formats in 3 classes, below DATA_DIR."""
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    generator = torch.Generator().manual_seed(0)
+    for k in range(60):
+        height, width = torch.randint(8, 30, (2,), generator=generator).tolist()
+        pixels = torch.randint(256, (height, width, 3), generator=generator, dtype=torch.uint8)
+        path = tmp_path / "images" / "abc"[k % 3] / f"{k:02}.{('png', 'jpg', 'JPEG')[k % 5 % 3]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(path)
+    (tmp_path / "images/a/notes.txt").write_text("no image")
+    return tmp_path / "images"
+
+
+def test_batches_are_those_of_the_same_images_in_memory(images):
+    data = image_folder("images", size=12, padding=2, flip=False, n_workers=2)
+    assert (data.input_shape, data.n_classes) == ((3, 12, 12), 3)
+    assert [len(s) for s in (data.train, data.valid, data.test)] == [48, 6, 6]
+    x = torch.stack([read_image(path, 12) for path in data.train.items])
+    assert x.shape == (48, 3, 12, 12) and x.dtype == torch.uint8
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    memory = TensorSplit(x, data.train.y, mean=mean, std=std, augment=[random_crop(2)])
+    for options in ({}, {"seed": 3, "epoch": 2}, {"seed": 3, "epoch": 2, "start": 2}):
+        expected = list(memory.batches(20, **options))
+        for n_workers in (0, 1, 2):
+            data.train.n_workers = n_workers
+            got = list(data.train.batches(20, **options))
+            assert len(got) == len(expected)
+            for (x_got, y_got), (x_expected, y_expected) in zip(got, expected, strict=True):
+                assert torch.equal(x_got, x_expected) and torch.equal(y_got, y_expected)
+
+
+def test_each_image_is_in_one_split_with_its_class(images):
+    data = image_folder("images", size=8, n_workers=0)
+    paths = [path for split in (data.train, data.valid, data.test) for path in split.items]
+    assert sorted(paths) == sorted(str(f) for f in images.glob("*/*") if f.suffix != ".txt")
+    for split in (data.train, data.valid, data.test):
+        assert ["abc".index(Path(path).parent.name) for path in split.items] == split.y.tolist()
+
+
+def test_reading_draws_no_random_numbers_of_the_models(images):
+    data = image_folder("images", size=8, n_workers=1)
+    before = torch.get_rng_state()
+    next(islice(data.train.batches(8, seed=0, epoch=1), 1, None))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_fingerprint_is_of_the_files_and_the_size(images):
+    first = image_folder("images", size=8).fingerprint
+    assert image_folder("images", size=8, padding=1).fingerprint == first
+    assert image_folder("images", size=9).fingerprint != first
+    assert image_folder("images", size=8, n_train=20).fingerprint != first
+    moved = images.with_name("moved")
+    shutil.move(images, moved)
+    assert image_folder(str(moved), size=8).fingerprint == first
+    os.remove(next(moved.glob("a/*.png")))
+    assert image_folder("moved", size=8).fingerprint != first
+
+
+def test_what_is_no_folder_of_classes_is_refused(images):
+    with pytest.raises(Unavailable, match="there is no folder"):
+        image_folder("nothing")
+    with pytest.raises(Refused, match="images in 0 folders"):
+        image_folder("images/a")
+
+
+def test_workers_are_as_many_as_the_cores_that_may_be_used():
+    assert 1 <= available_cores() <= os.cpu_count()
