@@ -36,8 +36,7 @@ def reproduce(run: Path, new: Path) -> None:
             epoch, step, total = (parts[k + 1][key] for key in ("epoch", "step", "total_steps"))
             bindings += [f"training_loop.stop_at={total}" if step else f"training_loop.n_epochs={epoch}"]
         with tempfile.TemporaryDirectory(prefix="reproduce.") as folder:
-            with tarfile.open(run / part["code"]) as archive:
-                archive.extractall(f"{folder}/code", filter="data")  # no path leads out of the folder
+            unpack(run / part["code"], Path(folder).resolve() / "code")
             config, script = Path(folder, "config.gin"), Path(folder, "code/bin/train.py")
             config.write_text(part["config"], encoding="utf-8")
             command = [sys.executable, str(script), f"--bindings={';'.join(bindings)}", "--", str(new), str(config)]
@@ -47,6 +46,20 @@ def reproduce(run: Path, new: Path) -> None:
             raise Refused(f"{run}: cannot be repeated, see above")
         if code:
             raise RuntimeError(f"{run}: its code failed with exit code {code}, see above")
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Writes the archive's files into the folder. Raises Refused if it is damaged or a path leads elsewhere."""
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                path = Path(os.path.normpath(folder / member.name))
+                if not path.is_relative_to(folder) or not (file := tar.extractfile(member)):
+                    raise Refused(f"{archive}: {member.name} is no file inside of the folder that it is unpacked to")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(file.read())
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise Refused(f"{archive}: cannot be unpacked: {error}") from None
 
 
 def parts_of(starts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -53,7 +53,7 @@ def test_debug_layered_on_each_config(cifar, main, capfd):
 def test_cnn_takes_what_can_be_had_and_the_record_names_it(cifar, main, capfd):
     quick = ("configs/cnn.gin", "-b", "training_loop.steps_per_epoch=2")
     assert main("train", "online", *quick, "-b", cifar) == 0
-    shutil.rmtree(data_dir())
+    shutil.move(data_dir(), "kept")
     nowhere = ("-b", "cifar10.url='http://127.0.0.1:9/cifar.tar.gz'")
     assert main("train", "offline", *quick, *nowhere) == 0
     said = capfd.readouterr().err
@@ -66,7 +66,9 @@ def test_cnn_takes_what_can_be_had_and_the_record_names_it(cifar, main, capfd):
     assert main("train", "online", *quick, *nowhere, *more) == 2
     message = capfd.readouterr().err
     assert "data: cifar10 (fingerprint" in message and 'training_loop.data=@cifar10" takes the data' in message
-    # The other way round, the network is back: the message says how to go on.
+    # The other way round, the data can be had again: the message says how to go on.
+    shutil.rmtree(data_dir(), ignore_errors=True)
+    shutil.move("kept", data_dir())
     assert main("train", "offline", *quick, "-b", cifar, *more) == 2
     said = '-b "training_loop.data=@digits"'
     assert said in capfd.readouterr().err

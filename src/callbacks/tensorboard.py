@@ -41,7 +41,7 @@ class TensorBoard(Callback):
         settings: Mapping[str, bool | int | float | str],
     ) -> None:
         super().__init__()
-        epochs, self.finals, self.last_step = _written(folder)
+        self.epochs, self.finals, self.last_step = _written(folder)
         self.settings = settings
         self.folder = folder
         if not epochs:

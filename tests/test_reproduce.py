@@ -1,0 +1,117 @@
+"""bin/reproduce.py and benchmarks/kill.py: a run's folder is enough to repeat it; a killed run is the same run."""
+
+import io
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from src.record import code_files
+from src.reproduce import parts_of
+from tests.conftest import ROOT
+
+SMALL = """
+training_loop.data = @digits
+digits.padding = 1
+training_loop.model = @MLP
+MLP.n_hidden = (32,)
+MLP.dropout = 0.2
+training_loop.optimizer = @SGD
+SGD.lr = 0.05
+SGD.momentum = 0.9
+training_loop.callbacks = [@ExponentialLR]
+ExponentialLR.gamma = 0.9
+training_loop.batch_size = 50
+training_loop.n_epochs = 3
+"""
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A copy of the code without git, in `code`, and small.gin in the current folder beside it."""
+    monkeypatch.chdir(tmp_path)
+    Path("small.gin").write_text(SMALL)
+    for name, content in code_files().items():
+        path = tmp_path / "code" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return tmp_path / "code"
+
+
+def call(clone: Path, script: str, *arguments, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(clone / "bin" / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_a_run_is_repeated_from_its_folder_alone(clone):
+    """After stops inside an epoch, changed settings, an edited working tree and a move."""
+    call(clone, "train.py", "run", "small.gin", "-b", "training_loop.stop_at=30")
+    again = "training_loop.reload=True"
+    changes = f"{again};SGD.momentum=0.5;training_loop.accept_changes=True"
+    call(clone, "train.py", "run", "small.gin", "-b", f"{changes};training_loop.n_epochs=2")
+    model = clone / "src/models/mlp.py"
+    model.write_text(model.read_text().replace("nn.ReLU()", "nn.Tanh()"))  # as people do
+    changes = f"{again};SGD.momentum=0.5"
+    warned = call(clone, "train.py", "run", "small.gin", "-b", f"{changes};training_loop.n_epochs=4").stderr
+    assert "the code has changed since the run's last start: src/models/mlp.py" in warned
+    meta = json.loads(Path("run/meta.json").read_text())
+    parts = parts_of(meta["starts"])
+    assert [(p["total_steps"], p["code"]) for p in parts] == [
+        (0, "code.tar.gz"), (30, "code.tar.gz"), (44, "code.3.tar.gz")
+    ]  # fmt: skip
+    assert [p["config"].count("momentum = 0.5") for p in parts] == [0, 1, 1]
+
+    model.write_text("raise RuntimeError('a later edit')\n")
+    Path("elsewhere").mkdir()
+    shutil.move("run", "elsewhere/moved run")
+    done = call(ROOT, "reproduce.py", "elsewhere/moved run", "again")
+    assert done.stdout.endswith("elsewhere/moved run, again: identical\n")
+    assert "not as it was" not in done.stderr
+
+    history = Path("elsewhere/moved run/history.csv")
+    lines = history.read_text().splitlines()
+    row = lines[3].split(",")
+    row[lines[0].split(",").index("val_loss")] = "0.5"
+    history.write_text("\n".join([*lines[:3], ",".join(row), *lines[4:]]) + "\n")
+    from src.results import first_difference
+
+    assert first_difference("elsewhere/moved run", "again").startswith("epoch 3, val_loss: 0.5 -> ")
+
+
+@pytest.mark.slow
+def test_what_differs_is_said(clone):
+    call(clone, "train.py", "run", "small.gin", "-b", "training_loop.n_epochs=1")
+    meta = json.loads(Path("run/meta.json").read_text())
+    meta["starts"][0]["versions"]["torch"] = "1.0"
+    meta["starts"][0]["config"] = meta["starts"][0]["config"].replace("SGD.lr = 0.05", "SGD.lr = 0.04")
+    Path("run/meta.json").write_text(json.dumps(meta))
+    done = call(ROOT, "reproduce.py", "run", "again", code=1)
+    assert "run, again: epoch 1, lr: 0.05 -> 0.04 (-0.01)" in done.stdout
+    assert "warning: not as it was: torch: 1.0 -> " in done.stderr
+    assert "holds a run already" in call(ROOT, "reproduce.py", "run", "again", code=2).stderr
+    assert "has no meta.json" in call(ROOT, "reproduce.py", "nothing", "new", code=2).stderr
+
+    archive = Path("run/code.tar.gz")
+    with tarfile.open(archive, "w:gz") as tar:
+        member = tarfile.TarInfo("../../outside.py")
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"evil"))
+    assert "outside" in call(ROOT, "reproduce.py", "run", "new", code=2).stderr
+    assert not list(Path("/tmp").glob("outside.py")) and not Path("new").exists()
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_are_the_same_runs():
+    seed = random.randrange(2**32)
+    command = [sys.executable, str(ROOT / "benchmarks/kill.py"), "--kills", "10", "--seed", str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout, done.stderr)  # with the seed
+    assert done.returncode == 0 and done.stdout.endswith("10/10 identical\n")
