@@ -5,9 +5,9 @@
     benchmarks/kill.py --kills 10 --seed 7 --case adam
 
 Each case is trained once undisturbed. Then it is trained again and again: started with reload=True, killed
-by SIGKILL, as often as KILLS_A_RUN, and at last left to finish. Weights, optimizer, history and test metrics
-have to be the same, to the bit; every kill of such a run counts as identical, or none. Five kills of six
-come while it trains, validates, commits or tests, the others while it starts. Exit code 1 if any differs.
+by SIGKILL, KILLS_A_RUN times, and left to finish. Weights, optimizer, history and test metrics have to be the
+same, to the bit; else none of these kills counts as identical. Five kills of six come while it trains,
+validates, commits or tests, the others while it starts. Exit code 1 if any differs.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -148,26 +148,18 @@ def undisturbed(run: Path, config: Path) -> tuple[float, float]:
     return startup, time.monotonic() - began - startup
 
 
-def attempts(
-    folder: Path, cases: list[str], n_kills: int, dice: random.Random
-) -> Iterator[tuple[str, int, str | None]]:
-    """Case, number of kills and first difference, of one run after another."""
-    times = {}
-    for case in cases:
-        config = folder / f"{case}.gin"
-        config.write_text(COMMON + CASES[case])
-        times[case] = undisturbed(folder / case, config)
-    done = number = 0
-    while done < n_kills:
-        case = cases[number % len(cases)]
-        run, config = folder / f"{case}-{number}", folder / f"{case}.gin"
-        killed, number = 0, number + 1
-        while killed < min(KILLS_A_RUN, n_kills - done) and kill_once(run, config, dice, *times[case]):
+def attempt(run: Path, config: Path, n_kills: int, dice: random.Random, times: tuple[float, float]) -> str | None:
+    """Kills the training of one run after another, until so many kills are made; the first difference."""
+    killed = number = 0
+    while killed < n_kills:
+        number += 1
+        part = run.with_name(f"{run.name}-{number}")
+        while killed < n_kills and kill_once(part, config, dice, *times):
             killed += 1
-        if killed:
-            train(run, config).wait()
-            yield case, killed, run_difference(folder / case, run)
-        done += killed
+        train(part, config).wait()
+        if found := run_difference(config.with_suffix(""), part):
+            return found
+    return None
 
 
 def main() -> int:
@@ -175,18 +167,29 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="of the moments; printed")
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
-    identical = total = 0
-    with tempfile.TemporaryDirectory(prefix="kill.") as folder:
-        write_images(Path(folder, "digits"))
-        cases = arguments.case or list(CASES)
-        for case, killed, found in attempts(Path(folder), cases, arguments.kills, random.Random(arguments.seed)):
-            total += killed
-            identical += 0 if found else killed
-            print(f"{case}: {killed} kills, {f'differs at {found}' if found else 'identical'}", flush=True)
-    print(f"{identical}/{total} identical")
-    return int(identical < total)
+    identical = 0
+    cases = arguments.case or list(CASES)
+    with tempfile.TemporaryDirectory(prefix="kill.") as name, ThreadPoolExecutor(arguments.jobs) as pool:
+        folder = Path(name)
+        write_images(folder / "digits")
+        for case in cases:
+            (folder / f"{case}.gin").write_text(COMMON + CASES[case])
+        times = dict(zip(cases, pool.map(lambda c: undisturbed(folder / c, folder / f"{c}.gin"), cases), strict=True))
+        work = []
+        for number, done in enumerate(range(0, arguments.kills, KILLS_A_RUN)):
+            case, n_kills = cases[number % len(cases)], min(KILLS_A_RUN, arguments.kills - done)
+            dice = random.Random(f"{arguments.seed} {number}")
+            part = folder / f"{case}-{number}", folder / f"{case}.gin", n_kills, dice, times[case]
+            work.append((case, n_kills, pool.submit(attempt, *part)))
+        for case, n_kills, future in work:
+            found = future.result()
+            identical += 0 if found else n_kills
+            print(f"{case}: {n_kills} kills, {f'differs at {found}' if found else 'identical'}", flush=True)
+    print(f"{identical}/{arguments.kills} identical")
+    return int(identical < arguments.kills)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         status, code = "finished", 0
     except (Exception, Stopped) as error:
         stop.ignore()
-        said = getattr(error, "message", None) or run.why_lost(error)  # else it is a bug
+        said = str(error) if hasattr(error, "exit_code") else run.why_lost(error)  # else it is a bug
         message = f"train.py: {said}" if said else traceback.format_exc()
         status, code = getattr(error, "status", status), getattr(error, "exit_code", code)
     return run.close(status, code, message)

@@ -67,9 +67,9 @@ class Output:
         """Descriptors 1 and 2 are the files; the follower shows what comes from now on."""
         _flush()
         offsets = [os.fstat(file).st_size for file in self._files]
+        self._start_follower(offsets)  # first: where it cannot, the error is for the terminal
         for descriptor, file in zip((1, 2), self._files, strict=True):
             os.dup2(file, descriptor)
-        self._start_follower(offsets)
 
     def _release(self) -> None:
         """Descriptors 1 and 2 are what the caller gave; the follower has ended, if it can."""

@@ -159,7 +159,6 @@ class Run:
 
         `facts` goes into meta.json, `start` into its list of starts.
         """
-        self.is_open = True
         self.beat(step=state["total_steps"] if state else 0, at_once=True)
         if self.output:
             self.output.move_to(self.path)
@@ -183,6 +182,7 @@ class Run:
         if self.changes or not state:
             entry["config"] = self.config.text()
         starts.append(entry)
+        self.is_open = True  # there is an entry that says how it ends
         self.meta |= {"status": "running", "exit": None, **facts}
         self.warnings = list(dict.fromkeys([*self.meta.get("warnings", []), *self.warnings]))
         self._write_meta()
@@ -219,11 +219,11 @@ class Run:
 
         Returns the exit code: 1 if a finished run's end cannot be written.
         """
-        unsaid = message
-        try:
-            if message:
+        unsaid = ""
+        if message:
+            with suppress(OSError):  # what stderr.txt cannot take stays in the buffer, for the terminal
                 print(message.rstrip(), file=sys.stderr)
-                unsaid = ""
+        try:
             if self.is_open:
                 self.meta |= {"status": status, "exit": exit_code}
                 self.meta["starts"][-1] |= {"status": status, "exit": exit_code, "stop": timestamp()}
@@ -232,7 +232,7 @@ class Run:
                 write(self.path / "FINISHED", timestamp() + "\n")
         except OSError as error:  # the disk is full, or the folder is gone
             exit_code = exit_code or 1
-            unsaid = unsaid if message else self.why_lost(error) or f"{self.path}: {error}"
+            unsaid = "" if message else self.why_lost(error) or f"{self.path}: {error}"
         if self.is_open:
             os.close(self._heartbeat)
         self.is_open = False
@@ -246,7 +246,7 @@ class Run:
         """A warning that the record keeps: on stderr and in meta.json."""
         print(f"warning: {message}", file=sys.stderr)
         self.warnings.append(message)
-        if self.is_open and self.meta.get("starts"):
+        if self.is_open:
             self._write_meta()
 
     @property
@@ -370,8 +370,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise Damaged(f"{path}: is damaged (its checksum does not fit)")
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")
-    except Exception as error:  # pickle's errors are of all kinds
-        raise Damaged(f"{path}: is no checkpoint of this project ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # of all kinds; torch's own advice in it is to run what the file holds
+        raise Damaged(
+            f"{path}: is no checkpoint of this project: it holds more than tensors, numbers, strings and "
+            f"lists ({type(error).__name__}); nothing of it was run"
+        ) from None
     return state
 
 
@@ -391,10 +394,15 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], previous: Path | None
 def write(path: Path, content: str | bytes | memoryview, previous: Path | None = None) -> None:
     """Writes the file whole or not at all, and lastingly; what it held is kept as `previous`."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):  # a full disk needs the room for meta.json
+            temporary.unlink()
+        raise
     if previous and path.exists():
         _link(path, previous)  # a link: `path` exists at every instant
     os.replace(temporary, path)

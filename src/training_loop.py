@@ -184,20 +184,21 @@ def training_loop(
     if init_from and not run.has_commit:
         facts["init_from"] = start_from(init_from, network)
 
-    state = run.open()
-    at = Position.of(state)
-    if state:
-        refuse_unfit(state, trainer)
-        run.config = run.config.set("training_loop.n_epochs", max(n_epochs, at.epoch))
-    for name, value in {"reload": False, "accept_changes": False, "stop_at": None}.items():
-        run.config = run.config.set(f"training_loop.{name}", value)  # of this start, not of the run
-    run.record(state, facts, {"device": str(place), "threads": torch.get_num_threads(), **machine()})
-    tensorboard = TensorBoard(run.path, at.history, run.config.text(), hparams(run.config))
+    with stop.deferred():
+        state = run.open()
+        at = Position.of(state)
+        if state:
+            refuse_unfit(state, trainer)
+            run.config = run.config.set("training_loop.n_epochs", max(n_epochs, at.epoch))
+        for name, value in {"reload": False, "accept_changes": False, "stop_at": None}.items():
+            run.config = run.config.set(f"training_loop.{name}", value)  # of this start, not of the run
+        run.record(state, facts, {"device": str(place), "threads": torch.get_num_threads(), **machine()})
+    stop.raise_if_asked()
+    tensorboard = TensorBoard(run.path, at.history, run.config.text(), hparams(run))
     commits = Commits(run, stop, trainer, built_callbacks, tensorboard, at, state)
     commits.monitor, commits.sign = monitor, 1 if monitor_mode == "max" else -1
     commits.log_every, commits.stop_at = log_every, stop_at
     commits.commit_steps, commits.commit_seconds = commit_steps, commit_seconds
-    commits.accepted = accepted_settings(run, trainer.optimizer)
     if state and (at.stopped or at.epoch >= n_epochs):
         commits.follow(state["network"])
         print(f"{run.path}: {at.epoch} epochs are done, nothing is left to train")
@@ -298,8 +299,8 @@ def describe(data: Data) -> dict[str, Any]:
     }
 
 
-def hparams(config: Config) -> dict[str, bool | float | str]:
-    """The settings as TensorBoard's hparams: one value each."""
+def hparams(run: Run) -> dict[str, bool | float | str]:
+    """The settings that files and -b give, as TensorBoard's hparams: one value each."""
 
     def value(text: str) -> bool | float | str:
         if text in ("True", "False"):
@@ -309,7 +310,7 @@ def hparams(config: Config) -> dict[str, bool | float | str]:
         except ValueError:
             return text
 
-    return {key: value(text) for key, text in config.flat().items()}
+    return {key: value(text) for key, text in run.config.flat().items() if run.settings.binds(key)}
 
 
 def refuse_more_epochs(run: Run, n_epochs: int) -> None:
@@ -405,18 +406,17 @@ def refuse_other_shapes(weights: Mapping[str, Tensor], network: nn.Module, messa
 
 
 def refuse_unfit(state: Mapping[str, Any], trainer: "Trainer") -> None:
-    """Raises Refused if the commit is of another network or optimizer, which accepted changes may make."""
+    """Raises Refused if the commit is of another network, as accepted changes may make it."""
     refuse_other_shapes(state["network"], trainer.network, "the run's weights do not fit the model as it is now")
-    groups = zip(state["optimizer"]["param_groups"], trainer.optimizer.param_groups, strict=True)
-    if any(not old.keys() >= new.keys() or len(old["params"]) != len(new["params"]) for old, new in groups):
-        raise Refused(f"the run's optimizer was another one than {type(trainer.optimizer).__name__}")
+    before, now = state["optimizer"]["param_groups"], trainer.optimizer.param_groups
+    if [len(group["params"]) for group in before] != [len(group["params"]) for group in now]:
+        raise Refused("the run trained other parameters than the model gives now to train")
 
 
 def accepted_settings(run: Run, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's settings that are new with this start: the commit's do not hold any more."""
     name = run.config.flat()["training_loop.optimizer"][1:]
-    is_new = "training_loop.optimizer" in run.changed
-    accepted = {key: value for key, value in optimizer.defaults.items() if is_new or f"{name}.{key}" in run.changed}
+    accepted = {key: value for key, value in optimizer.defaults.items() if f"{name}.{key}" in run.changed}
     return accepted | ({"initial_lr": accepted["lr"]} if "lr" in accepted else {})  # what schedules start from
 
 
@@ -502,7 +502,6 @@ class Commits(poutyne.Callback):
     stop_at: int | None
     commit_steps: int | None
     commit_seconds: float | None
-    accepted: Mapping[str, Any]
 
     def __init__(
         self,
@@ -523,9 +522,10 @@ class Commits(poutyne.Callback):
         # Only now: schedulers are made when training begins, and set the learning rate then.
         if state := self.state:
             self.trainer.network.load_state_dict(state["network"])
-            self.trainer.optimizer.load_state_dict(state["optimizer"])
+            if "training_loop.optimizer" not in self.run.changed:  # another one begins anew
+                self.trainer.optimizer.load_state_dict(state["optimizer"])
             for group in self.trainer.optimizer.param_groups:
-                group.update(self.accepted)  # the commit brought the old ones
+                group.update(accepted_settings(self.run, self.trainer.optimizer))  # the commit brought the old ones
             for callback, (name, saved) in zip(self.callbacks, state["callbacks"], strict=False):
                 if name == type(callback).__name__:  # or it is an accepted change
                     external.load_state_dict(callback, saved)
@@ -541,7 +541,7 @@ class Commits(poutyne.Callback):
     def on_epoch_begin(self, epoch_number: int, logs: dict[str, Any]) -> None:
         self.epoch, step = epoch_number, self.at.step
         self.trainer.batches.begin(epoch_number, step)
-        is_done = step == self.trainer.batches.n_batches
+        is_done = step >= self.trainer.batches.n_batches
         self.read_until = step if is_done else step - step % self.log_every
         self.at_train_end = self._pending() if is_done else None
         self.n_images = 0

@@ -16,6 +16,7 @@ from torch.utils.tensorboard.summary import hparams, scalar, text
 EPOCH_TAG = "epoch/loss"
 STEP_TAG = "step/loss"
 FINAL_TAG = "final/loss"
+NOT_METRICS = ("epoch", "time", "lr", "images_per_s", "data_wait", "commit_s")
 
 
 class TensorBoard(Callback):
@@ -44,11 +45,10 @@ class TensorBoard(Callback):
         self.epochs, self.finals, self.last_step = _written(folder)
         self.settings = settings
         self.folder = folder
-        if not epochs:
+        if not self.epochs:
             self._write(text("config", "    " + config.replace("\n", "\n    ")), 0)  # type: ignore[no-untyped-call]
         for row in history:
-            if row["epoch"] not in epochs:
-                self._add(row)
+            self.on_epoch_end(int(row["epoch"]), row)
 
     @cached_property
     def _file(self) -> RecordWriter:
@@ -68,7 +68,8 @@ class TensorBoard(Callback):
             self._write(scalar(STEP_TAG, loss), step)  # type: ignore[no-untyped-call]
 
     def on_epoch_end(self, epoch_number: int, logs: Mapping[str, float]) -> None:
-        self._add(logs)
+        if epoch_number not in self.epochs:  # or its commit was damaged, and the run went back by one
+            self._add(logs)
 
     def _add(self, row: Mapping[str, float], prefix: str = "epoch") -> None:
         # One record, so that a kill leaves all of an epoch's points or none.
@@ -79,7 +80,7 @@ class TensorBoard(Callback):
         """Writes the hparams with the metrics of the last epoch, unless they are there, and closes the file."""
         if row["epoch"] in self.finals:
             return
-        metrics = {f"final/{name}": value for name, value in row.items() if name != "epoch"}
+        metrics = {f"final/{name}": value for name, value in row.items() if name not in NOT_METRICS}
         for summary in hparams(dict(self.settings), dict(metrics)):  # type: ignore[no-untyped-call]
             self._write(summary, 0)
         self._add(row, "final")  # last: it says that all of this is there
