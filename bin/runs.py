@@ -63,7 +63,7 @@ def shown(row: dict[str, Any]) -> tuple[str, ...]:
 def prune(runs: list[Path], *, delete: bool) -> None:
     total = 0
     for run in runs:
-        if (run / "FINISHED").exists() and (run / "best.pt").exists():
+        if results.status(run) == "finished" and (run / "best.pt").exists():
             for file in (run / "checkpoint.pt", run / "checkpoint.prev.pt"):
                 if file.exists():
                     total += file.stat().st_size

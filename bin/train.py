@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         train(run, stop)
         stop.ignore()
         status, code = "finished", 0
-    except (Exception, Stopped) as error:
+    except (Exception, Stopped, SystemExit) as error:
         stop.ignore()
         said = str(error) if hasattr(error, "exit_code") else run.why_lost(error)  # else it is a bug
         message = f"train.py: {said}" if said else traceback.format_exc()

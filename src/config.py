@@ -24,6 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LOOP_SUPPLIES = ("input_shape", "n_classes", "params")
 
 
+class Failed(Exception):
+    """The run cannot go on, by no bug: shown as one message, exit 1. What it has committed stays."""
+
+    status, exit_code = "failed", 1
+
+
 class Refused(Exception):
     """A mistake of the user's: shown as one message, without traceback, exit 2."""
 
@@ -421,7 +427,7 @@ def _values(scope: str, name: str, bindings: list[Binding], names: _Names) -> di
     """The parameters of a configurable: its defaults, then the bindings from outer to inner scope."""
 
     def literal(leaf: Any) -> Any:
-        if type(leaf) in (bool, int, float, str, type(None)):
+        if type(leaf) in (bool, int, float, str, type(None)) and leaf == leaf:  # no config can write NaN
             return leaf
         known = gin.config._inverse_lookup(leaf) if callable(leaf) else None
         return Reference("", known.selector, False) if known else inspect.Parameter.empty  # stays the code's

@@ -7,11 +7,12 @@ import platform
 import shlex
 import subprocess
 import tarfile
+import zlib
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from src.config import ROOT
+from src.config import ROOT, Refused
 
 MAX_CODE_FILE = 2**20  # bytes; larger files are data, not code
 
@@ -63,7 +64,7 @@ def code_files() -> dict[str, bytes]:
         files = [*ROOT.glob("*.*"), *(f for name in folders for f in (ROOT / name).rglob("*"))]
         paths = [f.relative_to(ROOT) for f in files if "__pycache__" not in f.parts and f.name != "e.local.sh"]
     code = {}
-    runs = {path.parent for path in paths if path.name == "meta.json"}  # not code, and their HEARTBEAT is a lock
+    runs = {path.parent for path in paths if path.name == "HEARTBEAT"}  # no code; and to read their lock is to lose it
     for path in sorted(set(paths)):
         file = ROOT / path
         small = file.is_file() and file.stat().st_size <= MAX_CODE_FILE
@@ -87,10 +88,23 @@ def code_archive(code: dict[str, bytes]) -> bytes:
     return archive.getvalue()
 
 
+def read_archive(path: Path) -> dict[str, bytes]:
+    """The files of code.tar.gz by their names. Raises Refused if it cannot be read, whole."""
+    try:
+        content = gzip.decompress(path.read_bytes())  # all of it first: its checksum stands at the end
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+            files = {member.name: tar.extractfile(member) for member in tar if member.isreg()}
+            return {name: file.read() for name, file in files.items() if file}
+    except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError) as error:
+        raise Refused(f"{path}: cannot be read: {error}") from None
+
+
 def changed_files(code: dict[str, bytes], archive: Path) -> list[str]:
     """Files of `code` that are not as in the archive; those that nothing is computed by do not count."""
-    with tarfile.open(archive) as tar:
-        before = {m.name: file.read() for m in tar.getmembers() if (file := tar.extractfile(m))}
+    try:
+        before = read_archive(archive)
+    except Refused as refusal:
+        return [f"not known which, {refusal}"]
     return [
         name
         for name in sorted(code.keys() | before.keys())

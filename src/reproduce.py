@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from src.config import Refused
 from src.data.dataset import data_dir
+from src.record import read_archive
 from src.results import load_history
 from src.run import read_meta
 
@@ -50,16 +50,12 @@ def reproduce(run: Path, new: Path) -> None:
 
 def unpack(archive: Path, folder: Path) -> None:
     """Writes the archive's files into the folder. Raises Refused if it is damaged or a path leads elsewhere."""
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                path = Path(os.path.normpath(folder / member.name))
-                if not path.is_relative_to(folder) or not (file := tar.extractfile(member)):
-                    raise Refused(f"{archive}: {member.name} is no file inside of the folder that it is unpacked to")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(file.read())
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise Refused(f"{archive}: cannot be unpacked: {error}") from None
+    for name, content in read_archive(archive).items():
+        path = Path(os.path.normpath(folder / name))
+        if not path.is_relative_to(folder):
+            raise Refused(f"{archive}: {name} is no file inside of the folder that it is unpacked to")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
 
 
 def parts_of(starts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -68,7 +64,9 @@ def parts_of(starts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for start in starts:
         if not start["total_steps"]:  # nothing was committed before
             parts = []
-        if not parts:
+        if parts and parts[-1]["total_steps"] == start["total_steps"]:  # killed before it made a step
+            parts[-1] |= start
+        elif not parts:
             parts.append(dict(start))
         elif "config" in start or "code" in start:
             parts.append({**parts[-1], **start})
@@ -76,8 +74,17 @@ def parts_of(starts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def differing_surroundings(run: Path, new: Path) -> list[str]:
-    """What of versions, device and threads is not the same in the last starts of two runs."""
-    a, b = (read_meta(path)["starts"][-1] for path in (run, new))
-    a, b = ({**start.pop("versions"), **start} for start in (a, b))
-    keys = [*read_meta(run)["starts"][-1]["versions"], "python", "platform", "device", "threads"]
-    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
+    """What of versions, device, threads and the weights begun from is not the same in the last starts of two runs."""
+
+    def surroundings(path: Path) -> dict[str, Any]:
+        meta = read_meta(path)
+        start = meta["starts"][-1]
+        names = ("python", "platform", "device", "threads")
+        return {
+            **start["versions"],
+            **{n: start[n] for n in names},
+            "init_from": meta.get("init_from", {}).get("sha256"),
+        }
+
+    a, b = surroundings(run), surroundings(new)
+    return [f"{key}: {a[key]} -> {b.get(key)}" for key in a if a[key] != b.get(key)]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gin
 
 from src.config import Refused
-from src.run import is_locked, read_checkpoint, read_flat, read_meta, write
+from src.run import OWN, is_locked, read_checkpoint, read_flat, read_meta, write
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,15 +86,13 @@ def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
 
 def status(run: Path) -> str:
     """finished, running, stalled (no step for 10 minutes), stopped, failed, or dead."""
-    if (run / "FINISHED").exists():
-        return "finished"
     said = str(read_meta(run).get("status"))
-    if said != "running":
-        return said
+    if run.resolve() in OWN:
+        return "running"
     if not is_locked(run):
-        return "dead"
+        return "finished" if (run / "FINISHED").exists() else "dead" if said == "running" else said
     written = datetime.fromisoformat((run / "HEARTBEAT").read_text().split()[-1])
-    return "stalled" if (datetime.now(UTC) - written).total_seconds() > STALLED_SECONDS else said
+    return "stalled" if (datetime.now(UTC) - written).total_seconds() > STALLED_SECONDS else "running"
 
 
 def overview(run: Path) -> dict[str, Any]:

@@ -30,11 +30,13 @@ BEFORE_META = {"HEARTBEAT", "code.tar.gz", "git.txt", *NAMES}
 BEFORE_META |= {f".{name}.tmp" for name in ("meta.json", "code.tar.gz", "git.txt")}
 # Settings that may differ when a run goes on, since they do not change what is computed.
 LOOP_FREE = {"n_epochs", "reload", "accept_changes", "init_from", "commit_every", "stop_at", "device", "log_every"}
-FREE = {f"training_loop.{name}" for name in LOOP_FREE | {"detect_anomaly"}}
-FREE |= {"cifar10.url", "cifar10.md5", "cifar10.timeout"}  # the data's fingerprint is compared
+FREE = {f"training_loop.{name}" for name in LOOP_FREE | {"detect_anomaly", "n_workers"}}
+# Where data come from: their fingerprint is compared.
+FREE |= {"cifar10.url", "cifar10.md5", "cifar10.timeout", "image_folder.folder"}
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 DIGEST_BYTES = 32
 HEARTBEAT_SECONDS = 10.0
+OWN: set[Path] = set()  # folders whose lock this process holds
 
 
 class Damaged(Refused):
@@ -181,12 +183,13 @@ class Run:
             write(self.path / "git.txt", f"{before}# start {number}\n{record.git_state()}")
         if self.changes or not state:
             entry["config"] = self.config.text()
+        if not self.changed:  # else config.gin says it once a commit holds it
+            self.write_config()
         starts.append(entry)
         self.is_open = True  # there is an entry that says how it ends
         self.meta |= {"status": "running", "exit": None, **facts}
         self.warnings = list(dict.fromkeys([*self.meta.get("warnings", []), *self.warnings]))
         self._write_meta()
-        write(self.path / "config.gin", self.config.text())
         with open(self.path / "command.sh", "a", encoding="utf-8") as file:
             if file.tell() == 0:
                 file.write("#!/usr/bin/env bash\n# Each start of this run: the exact command.\n\n")
@@ -195,12 +198,17 @@ class Run:
         record.copy_configs(self.settings.files, self.path / "configs")
         write(self.path / "environment.txt", record.environment())
 
+    def write_config(self) -> None:
+        """config.gin: the settings that the run goes on with."""
+        write(self.path / "config.gin", self.config.text())
+
     def _lock(self) -> None:
         # A POSIX lock belongs to the process alone: it dies with it, and no child keeps it alive.
         self._heartbeat = os.open(self.path / "HEARTBEAT", os.O_RDWR | os.O_CREAT, 0o666)
         for attempt in range(5):  # who asks whether a run is locked holds the lock for an instant
             try:
                 fcntl.lockf(self._heartbeat, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                OWN.add(self.path.resolve())
                 return
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
@@ -235,6 +243,7 @@ class Run:
             unsaid = "" if message else self.why_lost(error) or f"{self.path}: {error}"
         if self.is_open:
             os.close(self._heartbeat)
+            OWN.discard(self.path.resolve())
         self.is_open = False
         if self.output:
             self.output.close()
@@ -347,6 +356,8 @@ def read_flat(config: Path) -> dict[str, str]:
 
 def is_locked(path: Path) -> bool:
     """Whether a living process owns the run."""
+    if path.resolve() in OWN:  # to open and close the file would give the lock away
+        return True
     try:
         with open(path / "HEARTBEAT", "rb") as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import gin
 import numpy as np
@@ -25,12 +25,12 @@ import src.models  # noqa: F401  (registers the models)
 from src.callbacks import external, poutyne
 from src.callbacks.progress import Progress
 from src.callbacks.tensorboard import TensorBoard
-from src.config import Config, Refused, Settings, check, nearest
+from src.config import Config, Failed, Refused, Settings, check, nearest
 from src.data.dataset import Batches, Data
 from src.metrics import Accuracy, LossList, MetricList, register_torchmetric
 from src.models.summary import summarise
 from src.models.torchvision_models import register as register_torchvision
-from src.run import Damaged, Run, machine, read_checkpoint, write_checkpoint
+from src.run import Damaged, Run, machine, read_checkpoint, read_flat, read_meta, write_checkpoint
 from src.stop import Stopped, StopRequest
 
 EXTERNAL: dict[str, Callable[[str], None]] = {
@@ -54,18 +54,6 @@ def register_torch() -> None:
 
 
 register_torch()
-
-
-class NonFinite(Exception):
-    """The loss or the weights are no longer finite. The last commit is from before."""
-
-    status, exit_code = "failed", 1
-
-    def __init__(self, what: str, epoch: int, step: int) -> None:
-        self.message = (
-            f"{what} at epoch {epoch}, step {step}: try a lower learning rate, or training_loop.detect_anomaly=True"
-        )
-        super().__init__(self.message)
 
 
 def configure(settings: Settings) -> Config:
@@ -99,6 +87,7 @@ def training_loop(
     log_every: int = 50,
     steps_per_epoch: int | None = None,
     stop_at: int | None = None,
+    n_workers: int | None = None,
     detect_anomaly: bool = False,
 ) -> Data:
     """Trains `model` on `data` into the run's folder and returns the data.
@@ -123,12 +112,13 @@ def training_loop(
         log_every: batches between two looks at the loss; the device is not waited for in between.
         steps_per_epoch: fewer batches an epoch, for debugging; also of validation.
         stop_at: stops after so many batches in all, committed, as a signal would.
+        n_workers: processes that read data which are streamed; None: one for each core, 0: none.
         detect_anomaly: torch's anomaly detection: names the operation behind a NaN. Slow.
 
     Raises:
         Refused: something does not fit; the folder is as it was.
-        Stopped: a signal asked for it. The exit code is 128 + signal.
-        NonFinite: the loss is no longer finite.
+        Stopped: a signal asked for it, or stop_at. The exit code is 128 + signal, or 0.
+        Failed: the loss or the weights are no longer finite, or the data can no longer be read.
     """
     counts = {"n_epochs": n_epochs, "batch_size": batch_size, "accumulate": accumulate, "log_every": log_every}
     for name, value in (counts | {"steps_per_epoch": steps_per_epoch, "stop_at": stop_at}).items():
@@ -158,8 +148,8 @@ def training_loop(
     seed_all(seed)
     network = build(model, input_shape=dataset.input_shape, n_classes=dataset.n_classes).to(place)
     trainable = [p for p in network.parameters() if p.requires_grad]
-    train = Batches(dataset.train.to(place), batch_size, seed, steps_per_epoch)
-    valid = Batches(dataset.valid.to(place), batch_size, limit=steps_per_epoch)
+    train = Batches(dataset.train.to(place, n_workers), batch_size, seed, steps_per_epoch)
+    valid = Batches(dataset.valid.to(place, n_workers), batch_size, limit=steps_per_epoch)
     trainer = Trainer(
         network,
         build(optimizer, params=trainable),
@@ -190,15 +180,17 @@ def training_loop(
         if state:
             refuse_unfit(state, trainer)
             run.config = run.config.set("training_loop.n_epochs", max(n_epochs, at.epoch))
+            began_from = read_meta(run.path).get("init_from", {}).get("run")
+            run.config = run.config.set("training_loop.init_from", began_from)
         for name, value in {"reload": False, "accept_changes": False, "stop_at": None}.items():
             run.config = run.config.set(f"training_loop.{name}", value)  # of this start, not of the run
         run.record(state, facts, {"device": str(place), "threads": torch.get_num_threads(), **machine()})
     stop.raise_if_asked()
     tensorboard = TensorBoard(run.path, at.history, run.config.text(), hparams(run))
-    commits = Commits(run, stop, trainer, built_callbacks, tensorboard, at, state)
-    commits.monitor, commits.sign = monitor, 1 if monitor_mode == "max" else -1
-    commits.log_every, commits.stop_at = log_every, stop_at
-    commits.commit_steps, commits.commit_seconds = commit_steps, commit_seconds
+    commits = Commits(
+        run, stop, trainer, built_callbacks, tensorboard, at, state,
+        monitor, monitor_mode, log_every, stop_at, commit_steps, commit_seconds,
+    )  # fmt: skip
     if state and (at.stopped or at.epoch >= n_epochs):
         commits.follow(state["network"])
         print(f"{run.path}: {at.epoch} epochs are done, nothing is left to train")
@@ -220,6 +212,7 @@ def training_loop(
                     Progress(run.output.terminal if run.output else None, train, batch_size),
                 ],
             )
+        stop.raise_if_asked()  # what is left may take long
     tensorboard.finish(at.history[-1])
     return dataset
 
@@ -314,14 +307,14 @@ def hparams(run: Run) -> dict[str, bool | float | str]:
 
 
 def refuse_more_epochs(run: Run, n_epochs: int) -> None:
-    """Raises Refused if a finished run without checkpoints is asked for more epochs than it has."""
-    epochs = len((run.path / "history.csv").read_text().splitlines()) - 1
-    if n_epochs > epochs:
+    """Raises Refused if a finished run without checkpoints is asked for more epochs than before."""
+    before = read_flat(run.path / "config.gin")["training_loop.n_epochs"]
+    if n_epochs > int(before):
         raise Refused(
-            f"{run.path}: the finished run's checkpoints were deleted: it cannot go on after epoch {epochs}; "
+            f"{run.path}: the finished run's checkpoints were deleted: it cannot go on after epoch {before}; "
             f"training_loop.init_from='{run.path}' starts a new run from its best weights"
         )
-    print(f"{run.path}: {epochs} epochs are done, nothing is left to train")
+    print(f"{run.path}: is finished, nothing is left to train")
 
 
 def refuse_unknown_monitors(monitor: str, callbacks: Sequence[poutyne.Callback], metrics: Sequence[str]) -> None:
@@ -478,6 +471,7 @@ class Position:
     step: int = 0  # batches of the next one that are done
     total_steps: int = 0  # batches of all epochs
     lr: float = 0.0  # of the last step
+    seconds: float = 0.0  # that starts before took for the next epoch
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0, "value": None})
     stopped: bool = False  # by a callback: nothing is left to train
@@ -488,6 +482,7 @@ class Position:
         return cls(**{key: state[key] for key in cls.__dataclass_fields__}) if state else cls()
 
 
+@dataclass(eq=False)
 class Commits(poutyne.Callback):
     """Puts the last commit back when training begins, and commits at the end of each epoch, when
     it is time to inside one, and when a signal asks for a stop. Checks that the loss is finite.
@@ -495,56 +490,60 @@ class Commits(poutyne.Callback):
     Stands behind the callbacks that have a state, before those that show committed epochs.
     """
 
-    stateless = True
+    run: Run
+    stop: StopRequest
+    trainer: Trainer
+    callbacks: Sequence[poutyne.Callback]
+    tensorboard: TensorBoard
+    at: Position
+    state: Mapping[str, Any] | None
     monitor: str
-    sign: int
+    monitor_mode: str
     log_every: int
     stop_at: int | None
     commit_steps: int | None
     commit_seconds: float | None
+    stateless = True
 
-    def __init__(
-        self,
-        run: Run,
-        stop: StopRequest,
-        trainer: Trainer,
-        callbacks: Sequence[poutyne.Callback],
-        tensorboard: TensorBoard,
-        at: Position,
-        state: Mapping[str, Any] | None,
-    ) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
-        self.run, self.stop, self.trainer, self.callbacks = run, stop, trainer, callbacks
-        self.tensorboard, self.at, self.state = tensorboard, at, state
         self.commit_s = 0.0
 
     def on_train_begin(self, logs: dict[str, Any]) -> None:
         # Only now: schedulers are made when training begins, and set the learning rate then.
-        if state := self.state:
-            self.trainer.network.load_state_dict(state["network"])
-            if "training_loop.optimizer" not in self.run.changed:  # another one begins anew
-                self.trainer.optimizer.load_state_dict(state["optimizer"])
-            for group in self.trainer.optimizer.param_groups:
-                group.update(accepted_settings(self.run, self.trainer.optimizer))  # the commit brought the old ones
-            for callback, (name, saved) in zip(self.callbacks, state["callbacks"], strict=False):
-                if name == type(callback).__name__:  # or it is an accepted change
-                    external.load_state_dict(callback, saved)
-            if state["step"]:
-                device = next(self.trainer.network.parameters()).device
-                self.trainer.loss.load_pending(state["loss"], device)
-                self.trainer.metrics.load_pending(state["metrics"], device)
-            set_rng(state["rng"])
-            self.follow(state["network"])
-            self.state = None
-        self.committed = time.monotonic()
+        if self.state:
+            self._restore(self.state)
+            self.follow(self.state["network"])
+        self._remember_commit()
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.trainer.network.load_state_dict(state["network"])
+        if "training_loop.optimizer" not in self.run.changed:  # another one begins anew
+            self.trainer.optimizer.load_state_dict(state["optimizer"])
+        for group in self.trainer.optimizer.param_groups:
+            group.update(accepted_settings(self.run, self.trainer.optimizer))  # the commit brought the old ones
+        for callback, (name, saved) in zip(self.callbacks, state["callbacks"], strict=False):
+            if name == type(callback).__name__:  # or it is an accepted change
+                external.load_state_dict(callback, saved)
+        if state["step"]:
+            device = next(self.trainer.network.parameters()).device
+            self.trainer.loss.load_pending(state["loss"], device)
+            self.trainer.metrics.load_pending(state["metrics"], device)
+        set_rng(state["rng"])
 
     def on_epoch_begin(self, epoch_number: int, logs: dict[str, Any]) -> None:
         self.epoch, step = epoch_number, self.at.step
+        if self.state and step:  # the others were told that an epoch begins, but this one goes on
+            self._restore(self.state)
         self.trainer.batches.begin(epoch_number, step)
         is_done = step >= self.trainer.batches.n_batches
         self.read_until = step if is_done else step - step % self.log_every
         self.at_train_end = self._pending() if is_done else None
-        self.n_images = 0
+        if self.state and self.run.changed:  # from now on a commit holds the accepted settings
+            self._commit(self._pending())
+            self.run.write_config()
+        self.state = None
+        self.n_images, self.seconds_before = 0, self.at.seconds
         self.began = self.train_end = time.perf_counter()
 
     def on_backward_end(self, batch_number: int) -> None:
@@ -574,7 +573,7 @@ class Commits(poutyne.Callback):
         at, seconds = self.at, max(self.train_end - self.began, 1e-9)
         row = {
             "epoch": epoch_number,
-            "time": logs["time"],
+            "time": logs["time"] + self.seconds_before,
             "lr": at.lr,
             **{key: float(value) for key, value in logs.items() if key not in ("epoch", "time")},
             "images_per_s": self.n_images / seconds,
@@ -582,10 +581,10 @@ class Commits(poutyne.Callback):
             "commit_s": self.commit_s,
         }
         value, best = row[self.monitor], at.best["value"]
-        if best is None or math.isnan(best) or self.sign * value > self.sign * best:
+        if best is None or math.isnan(best) or (value > best if self.monitor_mode == "max" else value < best):
             at.best = {"epoch": epoch_number, "value": value}
         at.history.append(row)
-        at.epoch, at.step, at.stopped = epoch_number, 0, self.trainer.stop_training
+        at.epoch, at.step, at.seconds, at.stopped = epoch_number, 0, 0.0, self.trainer.stop_training
         self.commit_s = 0.0  # this epoch's own commit stands in the next row
         self._commit(self._pending())
         self.follow(self.trainer.network.state_dict())
@@ -607,10 +606,16 @@ class Commits(poutyne.Callback):
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             step = self.read_until + int(bad[0]) + 1
-            raise NonFinite(f"the loss is {losses[bad[0]].item()}", self.epoch, step)
+            self._fail(f"the loss is {losses[bad[0]].item()}", step)
         self.read_until = self.at.step
         if len(losses):
             self.tensorboard.add_loss(self.at.total_steps, float(losses.mean()))
+
+    def _fail(self, what: str, step: int) -> NoReturn:
+        raise Failed(
+            f"{what} at epoch {self.epoch}, step {step}: "
+            "try a lower learning rate, or training_loop.detect_anomaly=True"
+        )
 
     def _pending(self) -> dict[str, Any]:
         """What an epoch under way has gathered, and the random numbers' state."""
@@ -619,14 +624,15 @@ class Commits(poutyne.Callback):
     def _commit_if_due(self) -> None:
         at = self.at
         is_stop = self.stop.signal or (self.stop_at and at.total_steps >= self.stop_at)
-        is_due = (self.commit_steps and at.step % self.commit_steps == 0) or (
-            self.commit_seconds and time.monotonic() - self.committed > self.commit_seconds
+        is_due = (self.commit_steps and at.total_steps - self.committed_step >= self.commit_steps) or (
+            self.commit_seconds and time.monotonic() - self.committed_time > self.commit_seconds
         )
         if is_stop or is_due:
             # During validation the sums are those of the valid split: take what the training left.
             pending = self.at_train_end or self._pending()
             if not pending["loss"]["values"].isfinite().all():
                 self._read_losses()
+            at.seconds = self.seconds_before + time.perf_counter() - self.began
             self._commit(pending)
         self.stop.raise_if_asked()
         if is_stop:
@@ -636,7 +642,7 @@ class Commits(poutyne.Callback):
         began = time.perf_counter()
         network = self.trainer.network
         if not torch.stack([p.isfinite().all() for p in network.parameters()]).all():
-            raise NonFinite("the weights are no longer finite", self.epoch, self.trainer.batches.n_batches)
+            self._fail("the weights are no longer finite", self.at.step or self.trainer.batches.n_batches)
         self.run.commit(
             {
                 **vars(self.at),
@@ -646,8 +652,11 @@ class Commits(poutyne.Callback):
                 **pending,
             }
         )
-        self.committed = time.monotonic()
+        self._remember_commit()
         self.commit_s += time.perf_counter() - began
+
+    def _remember_commit(self) -> None:
+        self.committed_step, self.committed_time = self.at.total_steps, time.monotonic()
 
 
 def get_rng() -> dict[str, Any]:

@@ -13,8 +13,8 @@ from src.config import Refused, nearest
 MONITOR = inspect.Parameter("monitor", inspect.Parameter.KEYWORD_ONLY, default="val_loss", annotation=str)
 # The base class, and those that are made from other schedulers, which a config cannot build.
 NOT_OFFERED = ("LRScheduler", "SequentialLR", "ChainedScheduler")
-# Poutyne's callbacks that remember nothing a run needs to go on.
-STATELESS = ("TerminateOnNaN", "LambdaCallback", "WandBLogger", "MLFlowLogger")
+# Poutyne's callbacks that remember nothing a run needs to go on, beside its loggers.
+STATELESS = ("TerminateOnNaN", "LambdaCallback", "ClipNorm", "ClipValue")
 
 
 def schedulers() -> list[str]:
@@ -75,7 +75,7 @@ def state_dict(callback: poutyne.Callback) -> dict[str, Any]:
         return callback.state_dict() if getattr(callback, "scheduler", True) else {}
     if type(callback) is poutyne.EarlyStopping:
         return {k: v for k, v in vars(callback).items() if k in ("wait", "best", "stopped_epoch")}
-    if module.startswith("poutyne.") and name in STATELESS:
+    if module.startswith("poutyne.") and (name in STATELESS or name.endswith("Logger")):
         return {}
     raise Refused(
         f"callback {name}: give it state_dict and load_state_dict, so that a run can go on, or "

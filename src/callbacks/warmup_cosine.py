@@ -56,3 +56,4 @@ class WarmupCosine(Callback):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.step = state["step"]
+        self._set()  # the optimizer's rate may be another one now

@@ -25,10 +25,12 @@ class Unavailable(Refused):
 class TensorSplit:
     """A split that is kept whole, as tensors on one device.
 
-    x: [N, C, H, W], uint8 or float. y: [N], int64.
+    x: [N, C, H, W], uint8 or float. y: [N], int64. n_workers: for StreamSplit, which reads in processes.
     mean, std: of each channel of x (scaled to 0..1 if uint8); the batches are normalised by them.
     augment: functions (x, generator) -> x for training, before normalisation; see augment.py.
     """
+
+    n_workers: int | None = None
 
     def __init__(
         self,
@@ -51,9 +53,10 @@ class TensorSplit:
     def __len__(self) -> int:
         return len(self.x)
 
-    def to(self, device: torch.device | str) -> Self:
-        """The same split with all tensors on `device`."""
+    def to(self, device: torch.device | str, n_workers: int | None = None) -> Self:
+        """The same split with all tensors on `device`, to be read by so many processes."""
         moved = copy.copy(self)
+        moved.n_workers = n_workers
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(moved, name, value.to(device))

@@ -22,7 +22,6 @@ def image_folder(
     n_train: int | None = None,
     padding: int = 0,
     flip: bool = True,
-    n_workers: int | None = None,
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
     std: tuple[float, float, float] = (0.229, 0.224, 0.225),
 ) -> Data:
@@ -30,7 +29,7 @@ def image_folder(
 
     folder: in DATA_DIR, or anywhere if absolute. size: each image is scaled and cut to size x size.
     n_train: use only so many for training, balanced. padding, flip: of the random crop and flip of
-    the training images; 0 and False: none. n_workers: None takes one for each core, 0 none.
+    the training images; 0 and False: none.
     mean, std: of red, green and blue in 0..1; ImageNet's. The fingerprint is of names and sizes in bytes.
     Raises Unavailable if there is no such folder, Refused if it holds no two classes of images.
     """
@@ -39,8 +38,11 @@ def image_folder(
         raise Unavailable(f"image_folder.folder = {folder!r}: there is no folder {root}")
     files = sorted(f for f in root.glob("*/*") if f.suffix.lower() in SUFFIXES)
     classes = sorted({f.parent.name for f in files})
-    if len(classes) < 2:
-        raise Refused(f"{root}: has images in {len(classes)} folders: it needs one for each class, two at least")
+    if len(classes) < 2 or len(files) < 10:
+        raise Refused(
+            f"{root}: has {len(files)} images in {len(classes)} folders: it needs a folder for each of two classes "
+            "or more, and ten images"
+        )
     labels = torch.tensor([classes.index(f.parent.name) for f in files])
     tenth = len(files) // 10
     parts = stratified_split(labels, [len(files) - 2 * tenth, tenth, tenth])
@@ -51,7 +53,6 @@ def image_folder(
             [str(files[row]) for row in rows.tolist()],
             labels[rows],
             partial(read_image, size=size),
-            n_workers=n_workers,
             mean=mean,
             std=std,
             augment=augment,  # of training alone: the others are never augmented

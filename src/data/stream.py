@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from src.config import Failed
 from src.data.augment import Augmentation
 from src.data.dataset import TensorSplit
 
@@ -16,7 +17,7 @@ class StreamSplit(TensorSplit):
     """A split whose inputs are read when they are needed; the order and the batches are as TensorSplit's.
 
     read: gives the input [C, H, W], uint8, of one of the items. y: [N], int64.
-    n_workers: processes that read; None: one for each core that the process may use, 0: none.
+    n_workers, of `to`: processes that read; None: one for each core that this one may use, 0: none.
     mean, std, augment: as TensorSplit's; augmentation is done a batch at a time, on the device.
     """
 
@@ -26,14 +27,12 @@ class StreamSplit(TensorSplit):
         y: Tensor,
         read: Callable[[str], Tensor],
         *,
-        n_workers: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         augment: Sequence[Augmentation] = (),
     ) -> None:
         super().__init__(y.new_empty((len(y), 0, 0, 0), dtype=torch.uint8), y, mean=mean, std=std, augment=augment)
         self.items, self.read = items, read
-        self.n_workers = available_cores() if n_workers is None else n_workers
 
     def _gather(self, batch_size: int, order: Tensor | None, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.arange(len(self)) if order is None else order
@@ -42,13 +41,18 @@ class StreamSplit(TensorSplit):
             _Rows(self.items, self.read),
             sampler=batches,  # a batch of rows is one sample
             batch_size=None,
-            num_workers=self.n_workers,
+            num_workers=available_cores() if self.n_workers is None else self.n_workers,
             pin_memory=self.y.device.type == "cuda",
             worker_init_fn=_leave_signals_to_parent,
             generator=torch.Generator(),  # or it would draw from the one that dropout draws from
         )
-        for rows, x in zip(batches, loader, strict=True):
-            yield x.to(self.y.device, non_blocking=True), self.y[rows.to(self.y.device)]
+        try:
+            for rows, x in zip(batches, loader, strict=True):
+                yield x.to(self.y.device, non_blocking=True), self.y[rows.to(self.y.device)]
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):  # by whoever needed its memory, as a rule
+                raise Failed(f"a process that reads the data was killed: {error}: try fewer of them") from None
+            raise
 
 
 class _Rows(Dataset[Tensor]):

@@ -33,7 +33,7 @@ def images(tmp_path, monkeypatch):
 
 
 def test_batches_are_those_of_the_same_images_in_memory(images):
-    data = image_folder("images", size=12, padding=2, flip=False, n_workers=2)
+    data = image_folder("images", size=12, padding=2, flip=False)
     assert (data.input_shape, data.n_classes) == ((3, 12, 12), 3)
     assert [len(s) for s in (data.train, data.valid, data.test)] == [48, 6, 6]
     x = torch.stack([read_image(path, 12) for path in data.train.items])
@@ -43,15 +43,14 @@ def test_batches_are_those_of_the_same_images_in_memory(images):
     for options in ({}, {"seed": 3, "epoch": 2}, {"seed": 3, "epoch": 2, "start": 2}):
         expected = list(memory.batches(20, **options))
         for n_workers in (0, 1, 2):
-            data.train.n_workers = n_workers
-            got = list(data.train.batches(20, **options))
+            got = list(data.train.to("cpu", n_workers).batches(20, **options))
             assert len(got) == len(expected)
             for (x_got, y_got), (x_expected, y_expected) in zip(got, expected, strict=True):
                 assert torch.equal(x_got, x_expected) and torch.equal(y_got, y_expected)
 
 
 def test_each_image_is_in_one_split_with_its_class(images):
-    data = image_folder("images", size=8, n_workers=0)
+    data = image_folder("images", size=8)
     paths = [path for split in (data.train, data.valid, data.test) for path in split.items]
     assert sorted(paths) == sorted(str(f) for f in images.glob("*/*") if f.suffix != ".txt")
     for split in (data.train, data.valid, data.test):
@@ -59,9 +58,9 @@ def test_each_image_is_in_one_split_with_its_class(images):
 
 
 def test_reading_draws_no_random_numbers_of_the_models(images):
-    data = image_folder("images", size=8, n_workers=1)
+    data = image_folder("images", size=8)
     before = torch.get_rng_state()
-    next(islice(data.train.batches(8, seed=0, epoch=1), 1, None))
+    next(islice(data.train.to("cpu", 1).batches(8, seed=0, epoch=1), 1, None))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -80,7 +79,7 @@ def test_the_fingerprint_is_of_the_files_and_the_size(images):
 def test_what_is_no_folder_of_classes_is_refused(images):
     with pytest.raises(Unavailable, match="there is no folder"):
         image_folder("nothing")
-    with pytest.raises(Refused, match="images in 0 folders"):
+    with pytest.raises(Refused, match="has 0 images in 0 folders"):
         image_folder("images/a")
 
 
