@@ -21,7 +21,7 @@ import gin
 from gin import config_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-LOOP_SUPPLIES = ("input_shape", "n_classes", "params")
+LOOP_SUPPLIES = ("input_shape", "n_classes", "params", "parameters")
 
 
 class Failed(Exception):
@@ -179,6 +179,8 @@ def _read_text(text: str, name: str, settings: Settings, files: tuple[Path, ...]
         statements = list(config_parser.ConfigParser(io.StringIO(text), _Delegate()))
     except SyntaxError as error:
         detail = (error.msg or "syntax error").strip().replace("\n   ", "")
+        if detail.startswith("malformed node"):  # a bare word
+            detail = "no value: write True or False, a number, 'a text' in quotes, or @name for a part"
         raise Refused(f"{place(error.lineno or 1)}: {detail}\n    {(error.text or '').strip()}".rstrip()) from None
     except tokenize.TokenError as error:
         raise Refused(f"{place(error.args[1][0])}: {error.args[0]}: an unclosed bracket or quote?") from None
@@ -377,7 +379,8 @@ def check(settings: Settings, root: str, external: Mapping[str, Callable[[str], 
     unused = [replace(b, name=names.short(b.name)) for b in bindings if (b.scope, b.name) not in used]
     unused += settings.unused_macros
     if typed := [b for b in unused if b.typed]:
-        raise Refused(f"{typed[0].where}: nothing uses {typed[0].key} in this config")
+        loops = [f"{names.short(root)}.{key}" for key in nodes["", root] if key == typed[0].name]
+        raise Refused(f"{typed[0].where}: nothing uses {typed[0].key} in this config{nearest(typed[0].key, loops)}")
     short = {name: names.short(name) for _, name in nodes}
     imports = list(dict.fromkeys(module for module, _ in settings.imports))
     return Config(root, nodes, short, imports, warnings=[f"{b.where}: nothing uses {b.key}" for b in unused])
@@ -400,6 +403,10 @@ def _checked(b: Binding, names: _Names) -> Binding:
         expected = inspect.formatannotation(parameter.annotation).replace("collections.abc.", "")
         text = b.value if isinstance(b.value, str) else ""  # perhaps a name or a number in quotes
         hint = f": write @{text}" if names.matches(text) else f": write {text}" if re.fullmatch(r"[\d.]+", text) else ""
+        if isinstance(b.value, Reference) and b.value.called:
+            hint = ": write it without ()"
+        elif "Sequence[" in expected and not isinstance(b.value, list | tuple):
+            hint = f": write [{text or format_value(b.value, {})}]"
         raise Refused(f"{short}.{b.parameter} = {given}, but it must be {expected}{hint}")
     return replace(b, name=name, value=value)
 
@@ -411,7 +418,7 @@ def _fits(value: Any, expected: Any) -> bool:
     if expected is inspect.Parameter.empty or isinstance(expected, str):
         return True  # no type, or none that can be read
     if any(r.called for r in _leaves(value, Reference)):
-        return True  # gin has not called it yet
+        return "Callable" not in str(expected)  # else gin has not called it yet
     if _leaves(value, bool) and not re.search("bool|Any|object", str(expected)):
         return False  # Python's bool is an int; a config's is not
     built = _map(lambda r: gin.config._REGISTRY[r.name].wrapped, value, Reference)

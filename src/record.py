@@ -90,17 +90,22 @@ def code_archive(code: dict[str, bytes]) -> bytes:
 
 def read_archive(path: Path) -> dict[str, bytes]:
     """The files of code.tar.gz by their names. Raises Refused if it cannot be read, whole."""
+    files = {}
     try:
         content = gzip.decompress(path.read_bytes())  # all of it first: its checksum stands at the end
-        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            files = {member.name: tar.extractfile(member) for member in tar if member.isreg()}
-            return {name: file.read() for name, file in files.items() if file}
-    except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError) as error:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.isreg() else None
+                if not file:
+                    raise tarfile.TarError(f"{member.name} is no plain file")
+                files[member.name] = file.read()
+        return files
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise Refused(f"{path}: cannot be read: {error}") from None
 
 
 def changed_files(code: dict[str, bytes], archive: Path) -> list[str]:
-    """Files of `code` that are not as in the archive; those that nothing is computed by do not count."""
+    """Files of `code` that are not as in the archive; only what computes counts: no tests, texts, data."""
     try:
         before = read_archive(archive)
     except Refused as refusal:
@@ -108,7 +113,9 @@ def changed_files(code: dict[str, bytes], archive: Path) -> list[str]:
     return [
         name
         for name in sorted(code.keys() | before.keys())
-        if code.get(name) != before.get(name) and not name.startswith("tests/") and not name.endswith(".md")
+        if code.get(name) != before.get(name)
+        and name.endswith((".py", ".sh", ".toml", "requirements.txt"))
+        and not name.startswith("tests/")
     ]
 
 

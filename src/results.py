@@ -90,7 +90,7 @@ def status(run: Path) -> str:
     if run.resolve() in OWN:
         return "running"
     if not is_locked(run):
-        return "finished" if (run / "FINISHED").exists() else "dead" if said == "running" else said
+        return "finished" if (run / "FINISHED").exists() else "dead" if said in ("running", "finished") else said
     written = datetime.fromisoformat((run / "HEARTBEAT").read_text().split()[-1])
     return "stalled" if (datetime.now(UTC) - written).total_seconds() > STALLED_SECONDS else "running"
 
@@ -197,7 +197,7 @@ def evaluate(
             f"{path}: the data here is not the run's (fingerprint {data.fingerprint[:12]}, not {expected[:12]})"
         )
     outputs, labels = [], []
-    part = {"train": data.train, "valid": data.valid, "test": data.test}[split].to(place)
+    part = {"train": data.train, "valid": data.valid, "test": data.test}[split].to(place, settings["n_workers"])
     with torch.inference_mode():
         for x, y in Batches(part, settings["batch_size"], limit=settings["steps_per_epoch"]):
             output = network(x)

@@ -181,7 +181,8 @@ class Run:
             write(self.path / entry["code"], record.code_archive(code))
             before = (self.path / "git.txt").read_text(encoding="utf-8") if state else ""
             write(self.path / "git.txt", f"{before}# start {number}\n{record.git_state()}")
-        if self.changes or not state:
+        again = state and "config" in starts[-1] and starts[-1]["total_steps"] == state["total_steps"]
+        if self.changes or not state or again:  # what that start changed may have come to nothing
             entry["config"] = self.config.text()
         if not self.changed:  # else config.gin says it once a commit holds it
             self.write_config()
@@ -286,7 +287,12 @@ class Run:
             os.ftruncate(self._heartbeat, len(line))
 
     def why_lost(self, error: BaseException) -> str | None:
-        """What to tell the person if the folder can no longer be written to; None for another error."""
+        """What to tell the person if the folder can no longer be written to, or a worker was killed, which
+        torch notices wherever the run is just then; None for another error.
+        """
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+            what = str(error).splitlines()[0]  # by whoever needed its memory, as a rule
+            return f"a process that reads the data was killed ({what}): try a smaller training_loop.n_workers"
         if not isinstance(error, OSError):
             return None
         if self.is_open and self.is_gone:

@@ -41,10 +41,10 @@ class StopRequest:
         finally:
             self._wait = False
 
-    def raise_if_asked(self) -> None:
+    def raise_if_asked(self, where: str = "") -> None:
         """Raises Stopped, with exit code 128 + signal, if a signal has come."""
         if self.signal:
-            raise Stopped(f"stopped by {signal.Signals(self.signal).name}", 128 + self.signal)
+            raise Stopped(f"stopped by {signal.Signals(self.signal).name}{where}", 128 + self.signal)
 
     def ignore(self) -> None:
         """From now on the signals do nothing: the run is being closed."""

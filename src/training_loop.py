@@ -25,7 +25,7 @@ import src.models  # noqa: F401  (registers the models)
 from src.callbacks import external, poutyne
 from src.callbacks.progress import Progress
 from src.callbacks.tensorboard import TensorBoard
-from src.config import Config, Failed, Refused, Settings, check, nearest
+from src.config import LOOP_SUPPLIES, Config, Failed, Refused, Settings, check, nearest
 from src.data.dataset import Batches, Data
 from src.metrics import Accuracy, LossList, MetricList, register_torchmetric
 from src.models.summary import summarise
@@ -97,7 +97,8 @@ def training_loop(
     Args:
         run, stop: the folder, and the signals that ask for a stop; not configured by gin.
         data, model, optimizer, loss, metrics, callbacks: what builds them, uncalled: the loop
-            seeds, then builds. It supplies input_shape and n_classes, and the optimizer's params.
+            seeds, then builds. It supplies input_shape and n_classes, the optimizer's params, and
+            parameters to callbacks that ask for them.
         n_epochs: the run ends after this epoch; it may be raised later with reload=True.
         batch_size: images a batch; the last batch of an epoch may be smaller.
         accumulate: batches an optimizer step; their gradients make the mean over all their images.
@@ -132,7 +133,7 @@ def training_loop(
     torch.backends.cudnn.benchmark = not deterministic
     torch.autograd.set_detect_anomaly(detect_anomaly)
 
-    dataset = data()
+    dataset: Data = build(data)
     if dataset.choice is not None:
         run.config = run.config.choose("data", dataset.choice)
     if batch_size > len(dataset.train):
@@ -158,7 +159,7 @@ def training_loop(
         train,
         accumulate,
     )
-    built_callbacks = [build(callback) for callback in callbacks]
+    built_callbacks = [build(callback, parameters=trainable) for callback in callbacks]
     refuse_unknown_monitors(monitor, built_callbacks, trainer.metrics.names)
     for callback in built_callbacks:
         external.try_callback(callback, build(optimizer, params=[nn.Parameter(torch.zeros(1))]))
@@ -229,11 +230,18 @@ def build(builder: Callable[..., Any], **supplied: Any) -> Any:
     parameters = inspect.signature(function).parameters.values()
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     names = {p.name for p in parameters}
+    if wrong := [name for name in names & set(LOOP_SUPPLIES) - set(supplied) if is_needed(function, name)]:
+        raise Refused(f"{builder.__name__} cannot stand where it does: it needs {wrong[0]}, which is not given there")
     try:
         return builder(**{k: v for k, v in supplied.items() if takes_all or k in names})
     except (ValueError, RuntimeError) as error:
         said = str(error).partition("\n  In call to configurable")[0]  # by gin
         raise Refused(f"{builder.__name__}: {said}{place_of(error)}") from None
+
+
+def is_needed(function: Callable[..., Any], name: str) -> bool:
+    """Whether the parameter has no default."""
+    return inspect.signature(function).parameters[name].default is inspect.Parameter.empty
 
 
 def place_of(error: Exception) -> str:
@@ -514,6 +522,9 @@ class Commits(poutyne.Callback):
         if self.state:
             self._restore(self.state)
             self.follow(self.state["network"])
+        if self.state and self.run.changed:  # from now on a commit holds the accepted settings
+            self._commit(self._pending())
+            self.run.write_config()
         self._remember_commit()
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -539,9 +550,6 @@ class Commits(poutyne.Callback):
         is_done = step >= self.trainer.batches.n_batches
         self.read_until = step if is_done else step - step % self.log_every
         self.at_train_end = self._pending() if is_done else None
-        if self.state and self.run.changed:  # from now on a commit holds the accepted settings
-            self._commit(self._pending())
-            self.run.write_config()
         self.state = None
         self.n_images, self.seconds_before = 0, self.at.seconds
         self.began = self.train_end = time.perf_counter()
@@ -634,9 +642,10 @@ class Commits(poutyne.Callback):
                 self._read_losses()
             at.seconds = self.seconds_before + time.perf_counter() - self.began
             self._commit(pending)
-        self.stop.raise_if_asked()
+        where = f" in epoch {self.epoch}, after step {at.step}; all is saved: go on with training_loop.reload=True"
+        self.stop.raise_if_asked(where)
         if is_stop:
-            raise Stopped(f"stopped after {at.total_steps} batches", 0)
+            raise Stopped(f"stopped by stop_at{where}", 0)
 
     def _commit(self, pending: Mapping[str, Any]) -> None:
         began = time.perf_counter()

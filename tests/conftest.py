@@ -23,6 +23,17 @@ os.environ.pop("PYTHONUNBUFFERED", None)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def copy_code(folder: Path) -> Path:
+    """The code as it is now, in another folder, without git."""
+    from src.record import code_files
+
+    for name, content in code_files().items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
 def _command(*arguments) -> list[str]:
     return [sys.executable, str(ROOT / "bin/train.py"), *map(str, arguments)]
 

@@ -4,30 +4,45 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tarfile
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks.kill import run_difference
+from benchmarks.kill import difference, run_difference
 from src import config, results
+from src.callbacks import WarmupCosine
 from src.config import ROOT, Refused
+from src.reproduce import parts_of
 from src.run import Run, read_checkpoint, read_meta
+from tests.conftest import copy_code
 from tests.test_refusals import contents
 
 # Runs the Python text in the file `train.30` at the 30th batch of a start that it trains on, for once. The first
-# of valid is the trial before the folder is made.
+# of valid is the trial before the folder is made. With WATCHED that in `begin`, `begin.2` and `end.2`, too.
 ACTING = """
-import os, shutil, signal, subprocess, sys, time
+import multiprocessing, os, shutil, signal, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
 
 import gin
 import torch
+from poutyne import Callback
+from src import results
 from src.models.mlp import MLP
+from src.run import is_locked, read_checkpoint
+
+
+def run_act(moment):
+    act = Path(moment)
+    if act.exists():
+        exec(act.rename("done").read_text())
 
 
 @gin.register(denylist=["input_shape", "n_classes"])
@@ -39,10 +54,34 @@ class Acting(MLP):
     def forward(self, x):
         kind = "train" if self.training else "test" if torch.is_inference_mode_enabled() else "valid"
         self.seen[kind] += 1
-        act = Path(f"{kind}.{self.seen[kind]}")
-        if act.exists():
-            exec(act.rename("done").read_text())
+        run_act(f"{kind}.{self.seen[kind]}")
         return super().forward(x)
+
+
+@gin.register
+class Watcher(Callback):
+    n_begun = 0
+
+    def on_train_begin(self, logs):
+        run_act("begin")
+
+    def on_epoch_begin(self, epoch_number, logs):
+        self.n_begun += 1
+        run_act(f"begin.{epoch_number}")
+
+    def on_epoch_end(self, epoch_number, logs):
+        run_act(f"end.{epoch_number}")
+
+    def state_dict(self):
+        return {"n_begun": self.n_begun}
+
+    def load_state_dict(self, state):
+        self.n_begun = state["n_begun"]
+
+
+@gin.register
+def without_a_number(nothing: float = float("nan")):
+    return torch.nn.CrossEntropyLoss()
 """
 # 22 batches an epoch of training, 8 of validation.
 CONFIG = """
@@ -56,6 +95,7 @@ training_loop.batch_size = 50
 training_loop.n_epochs = 3
 """
 RELOAD = ("-b", "training_loop.reload=True")
+WATCHED = ("-b", "training_loop.callbacks=[@Watcher]")
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +111,14 @@ def place(tmp_path, monkeypatch):
 
 def act(moment: str, text: str) -> None:
     Path(moment).write_text(text)
+
+
+def killed(main, *arguments: str) -> bool:
+    """Whether a child of this process that trains is killed."""
+    child = get_context("fork").Process(target=main, args=("train", *arguments))
+    child.start()
+    child.join()
+    return child.exitcode == -signal.SIGKILL
 
 
 def assert_goes_on_exactly(main, run: str, *arguments: str) -> None:
@@ -97,6 +145,48 @@ def test_nothing_is_written_into_anothers_folder_of_the_same_name(main, capfd, m
     assert main("train", "run", "a.gin") == 1
     assert "was removed" in capfd.readouterr().err
     assert not {path.name for path in Path("run").iterdir()} & {"meta.json", "checkpoint.pt", "FINISHED"}
+
+
+def ask_for(run: str, code: Path = ROOT) -> str:
+    """An act: another process asks for the run, and is refused."""
+    command = [sys.executable, str(code / "bin/train.py"), run, "a.gin", *RELOAD]
+    return (
+        f"second = subprocess.run({command}, capture_output=True, text=True)\n"
+        "assert second.returncode == 2 and 'is writing to this run' in second.stderr, second\n"
+    )
+
+
+def test_to_look_at_the_own_run_does_not_give_its_lock_away(main):
+    act(
+        "end.1",
+        "assert is_locked(Path('run')) and results.overview(Path('run'))['status'] == 'running'\n" + ask_for("run"),
+    )
+    assert main("train", "run", "a.gin", *WATCHED) == 0
+    assert Path("done").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["runs", "experiments/a"])
+def test_a_run_inside_of_the_clone_is_no_code(tmp_path, folder):
+    """Where git does not ignore it, and without git among the folders of code."""
+    clone = copy_code(tmp_path / "clone")
+    if folder == "runs":
+        subprocess.run(["git", "init", "--quiet"], cwd=clone, check=True)
+    run = f"clone/{folder}/run"
+    act("train.10", ask_for(run, clone))
+    twice = (
+        "import sys\nsys.path.insert(0, 'clone')\nfrom bin.train import main\n"
+        "for n in (1, 2):\n"
+        f"    bindings = f'training_loop.reload=True;training_loop.n_epochs={{n}}'\n"
+        f"    assert main(['train.py', '{run}', 'a.gin', '-b', bindings]) == 0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", twice], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path("done").exists() and done.stderr == ""
+    assert read_meta(Path(run))["warnings"] == []
+    with tarfile.open(f"{run}/code.tar.gz") as tar:
+        assert "src/run.py" in tar.getnames()
+        assert not any(name.startswith(folder) for name in tar.getnames())
 
 
 @pytest.mark.slow
@@ -201,6 +291,42 @@ def test_accepted_changes_count_and_are_kept(main, capfd):
     assert contents(Path("run")) == before
 
 
+@pytest.mark.parametrize("moment", ["begin", "begin.2", "train.3"])
+@pytest.mark.parametrize("change", ["SGD.lr=0.01", "training_loop.optimizer=@Adam;Adam.lr=0.01"])
+def test_accepted_changes_are_in_force_after_a_kill(main, moment, change):
+    """Before a commit holds them, and after."""
+    assert main("train", "run", "a.gin", *WATCHED, "-b", "training_loop.n_epochs=1") == 0
+    shutil.copytree("run", "whole")
+    accepted = ("a.gin", *WATCHED, *RELOAD, "-b", f"{change};training_loop.accept_changes=True")
+    assert main("train", "whole", *accepted) == 0
+    act(moment, "os.kill(os.getpid(), signal.SIGKILL)")
+    assert killed(main, "run", *accepted)
+    assert main("train", "run", *accepted) == 0
+    assert results.load_history("run")[-1]["lr"] == 0.01
+    assert run_difference(Path("whole"), Path("run")) is None
+    parts = parts_of(read_meta(Path("run"))["starts"])
+    assert [(part["total_steps"], ".lr = 0.01" in part["config"]) for part in parts] == [(0, False), (22, True)]
+
+
+def test_accepted_changes_that_came_to_nothing_are_not_repeated(main):
+    assert main("train", "run", "a.gin", *WATCHED, "-b", "training_loop.n_epochs=1") == 0
+    act("begin", "os.kill(os.getpid(), signal.SIGKILL)")
+    changed = ("-b", "SGD.lr=0.01;training_loop.accept_changes=True")
+    assert killed(main, "run", "a.gin", *WATCHED, *RELOAD, *changed)
+    assert_goes_on_exactly(main, "run", *WATCHED)
+    assert "SGD.lr = 0.05" in parts_of(read_meta(Path("run"))["starts"])[-1]["config"]
+
+
+def test_an_accepted_rate_is_scheduled_from_its_first_step_on(main):
+    schedule = "training_loop.callbacks=[@WarmupCosine];WarmupCosine.total_steps=66;WarmupCosine.warmup_steps=10"
+    assert main("train", "run", "a.gin", "-b", f"{schedule};training_loop.stop_at=30") == 0
+    changed = f"{schedule};SGD.lr=0.01;training_loop.accept_changes=True;training_loop.stop_at=31"
+    assert main("train", "run", "a.gin", *RELOAD, "-b", changed) == 0
+    state = read_checkpoint(Path("run/checkpoint.pt"))
+    assert state["total_steps"] == 31
+    assert state["lr"] == pytest.approx(0.01 * WarmupCosine(66, 10).factor(30))
+
+
 def test_what_does_not_change_the_result_needs_no_asking(main):
     assert main("train", "run", "a.gin", "-b", "training_loop.n_epochs=2") == 0
     free = "training_loop.device='cpu';training_loop.log_every=7;training_loop.commit_every=20"
@@ -214,17 +340,7 @@ def test_what_does_not_change_the_result_needs_no_asking(main):
 
 @pytest.mark.slow
 def test_code_that_has_changed_is_warned_of_and_kept(tmp_path):
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
-    clone = tmp_path / "clone"
-    for name in filter(None, listed.stdout.decode().split("\0")):
-        if (ROOT / name).exists() and not name.startswith("results/"):
-            (clone / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, clone / name)
+    clone = copy_code(tmp_path / "clone")
     subprocess.run(["git", "init", "--quiet"], cwd=clone, check=True)
     command = [sys.executable, str(clone / "bin/train.py"), str(tmp_path / "run"), "a.gin", *RELOAD]
     subprocess.run(command, check=True, capture_output=True)
@@ -244,6 +360,23 @@ def test_code_that_has_changed_is_warned_of_and_kept(tmp_path):
         with tarfile.open(Path("run", archive)) as tar:
             assert tar.extractfile("src/models/mlp.py").read().endswith(b"# changed\n") == is_new
             assert ("src/new.py" in tar.getnames()) == is_new
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "flipped", "no archive"])
+def test_a_damaged_archive_of_code_does_not_keep_a_run_from_going_on(main, damage):
+    assert main("train", "run", "a.gin", "-b", "training_loop.n_epochs=1") == 0
+    archive = Path("run/code.tar.gz")
+    whole = content = archive.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    kinds = {"empty": b"", "truncated": content[:middle], "flipped": flipped, "no archive": b"text"}
+    archive.unlink()
+    if damage in kinds:
+        archive.write_bytes(kinds[damage])
+    assert_goes_on_exactly(main, "run")
+    [warning] = read_meta(Path("run"))["warnings"]
+    assert "the code has changed since the run's last start: not known which, run/code.tar.gz: cannot" in warning
+    assert Path("run/code.2.tar.gz").read_bytes() == whole
 
 
 # --- commits inside an epoch, and signals
@@ -272,6 +405,16 @@ def test_what_commit_every_asks_for_is_committed_inside_an_epoch(start, main):
         assert run_difference(Path("whole"), run) is None
 
 
+def test_commit_every_is_kept_to_when_batches_are_accumulated(main):
+    """Four batches a step, 22 an epoch, the end of which is a commit."""
+    for k in (9, 17, 23, 31, 39):
+        last = "read_checkpoint(Path('run/checkpoint.pt'))['total_steps']"
+        act(f"train.{k}", f"with open('seen', 'a') as file:\n    print({k}, {last}, file=file)")
+    bindings = "training_loop.accumulate=4;training_loop.commit_every=7;training_loop.n_epochs=2"
+    assert main("train", "run", "a.gin", "-b", bindings) == 0
+    assert Path("seen").read_text().splitlines() == ["9 8", "17 16", "23 22", "31 30", "39 38"]
+
+
 def test_stop_at_stops_there_and_goes_on_exactly(main):
     assert main("train", "run", "a.gin", "-b", "training_loop.stop_at=31") == 0
     assert results.status(Path("run")) == "stopped"
@@ -279,6 +422,27 @@ def test_stop_at_stops_there_and_goes_on_exactly(main):
     assert (state["epoch"], state["step"], state["total_steps"]) == (1, 9, 31)
     assert results.load_config("run")["training_loop.stop_at"] == "None"
     assert_goes_on_exactly(main, "run")
+
+
+def test_a_callback_counts_an_epoch_that_is_gone_on_with_once(main):
+    act("train.30", "os.kill(os.getpid(), signal.SIGTERM)")
+    assert main("train", "run", "a.gin", *WATCHED) == 128 + signal.SIGTERM
+    assert_goes_on_exactly(main, "run", *WATCHED)
+    assert read_checkpoint(Path("run/checkpoint.pt"))["callbacks"] == [["Watcher", {"n_begun": 3}]]
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_a_deterministic_run_goes_on_exactly(main, device):
+    bindings = f"training_loop.deterministic=True;training_loop.device='{device}';training_loop.model=@SimpleCNN"
+    bindings += ";SimpleCNN.n_filters=(8,);SimpleCNN.dropout=0.3"
+    assert main("train", "run", "a.gin", "-b", bindings, "-b", "training_loop.stop_at=31") == 0
+    assert read_checkpoint(Path("run/checkpoint.pt"))["step"] == 9
+    assert_goes_on_exactly(main, "run", "-b", bindings)
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
 
 
 def test_a_second_ctrl_c_stops_at_once_and_what_was_committed_stays(main):
@@ -302,6 +466,15 @@ def test_a_stop_outside_of_the_steps(main, moment, position):
         state = read_checkpoint(Path("run/checkpoint.pt"))
         assert (state["epoch"], state["step"]) == position
     assert_goes_on_exactly(main, "run")
+
+
+def test_a_stop_at_the_very_end_comes_before_the_test(main):
+    act("end.3", "os.kill(os.getpid(), signal.SIGTERM)")
+    assert main("train", "run", "a.gin", *WATCHED) == 128 + signal.SIGTERM
+    assert results.status(Path("run")) == "stopped"
+    assert read_checkpoint(Path("run/checkpoint.pt"))["epoch"] == 3
+    assert not Path("run/eval_results.json").exists() and not Path("run/FINISHED").exists()
+    assert_goes_on_exactly(main, "run", *WATCHED)
 
 
 def test_a_stop_during_the_imports_cannot_be_swallowed_by_them(main, capfd):
@@ -340,6 +513,68 @@ def test_accumulated_batches_are_one_large_one_and_are_never_torn(main):
     state = read_checkpoint(Path("run/checkpoint.pt"))
     assert (state["epoch"], state["step"]) == (1, 12)
     assert_goes_on_exactly(main, "run", *accumulate)
+
+
+# --- users' code, workers, and what a commit costs
+
+
+def test_a_worker_that_is_killed_stops_the_run_with_one_message(main, capfd, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    for k in range(100):
+        file = Path("images", "ab"[k % 2], f"{k}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (k, 2 * k, 0)).save(file)
+    images = "training_loop.data=@image_folder;image_folder.folder='images';image_folder.size=8"
+    streamed = ("-b", f"{images};training_loop.n_workers=2;training_loop.batch_size=5")
+    act("train.20", "os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)\ntime.sleep(5)")
+    assert main("train", "run", "a.gin", *streamed) == 1
+    errors = capfd.readouterr().err
+    assert errors.startswith("train.py: a process that reads the data was killed") and errors.count("\n") == 1, errors
+    assert results.status(Path("run")) == "failed"
+    assert_goes_on_exactly(main, "run", *streamed)
+
+
+def test_a_default_that_is_no_number(main):
+    assert main("train", "run", "a.gin", "-b", "training_loop.loss=@without_a_number") == 0
+    assert main("train", "again", "run/config.gin") == 0
+    assert run_difference(Path("run"), Path("again")) is None
+
+
+def test_users_code_that_exits_fails(main):
+    act("train.30", "sys.exit(3)")
+    assert main("train", "run", "a.gin") == 1
+    meta = read_meta(Path("run"))
+    assert (meta["status"], meta["exit"]) == ("failed", 1)
+    assert_goes_on_exactly(main, "run")
+
+
+def test_poutynes_callbacks_that_remember_nothing(main):
+    callbacks = "training_loop.callbacks=[@poutyne.ClipNorm,@poutyne.ClipValue,@poutyne.CSVLogger]"
+    settings = "poutyne.ClipNorm.max_norm=0.0;poutyne.ClipValue.clip_value=1.0;poutyne.CSVLogger.filename='log.csv'"
+    assert main("train", "run", "a.gin", "-b", f"{callbacks};{settings};training_loop.n_epochs=1") == 0
+    assert Path("log.csv").read_text().count("\n") == 2
+    # Nothing is left of the gradients.
+    assert main("train", "whole", "a.gin", "-b", "SGD.lr=0.0;training_loop.n_epochs=1") == 0
+    a, b = (read_checkpoint(Path(run, "best.pt"))["network"] for run in ("run", "whole"))
+    assert difference(a, b) is None
+
+
+def commit_seconds(main, run: str, *arguments: str) -> float:
+    """The median of an epoch's commit_s in a run; the first row holds no commit of an epoch."""
+    assert main("train", run, *arguments) == 0
+    seconds = [row["commit_s"] for row in results.load_history(run)[1:]]
+    print(f"{run}: commit_s {', '.join(f'{s:.3f}' for s in seconds)}")
+    return statistics.median(seconds)
+
+
+def test_what_a_commit_of_a_small_network_costs(main):
+    assert commit_seconds(main, "small", "configs/digits.gin", "-b", "training_loop.n_epochs=6") < 0.1
+
+
+@pytest.mark.slow
+def test_what_a_commit_of_a_large_network_costs(main):
+    resnet = "training_loop.model=@ResNet18;training_loop.n_epochs=2;training_loop.steps_per_epoch=1"
+    assert commit_seconds(main, "large", "a.gin", "-b", f"{resnet};training_loop.batch_size=8") < 1.0
 
 
 # --- refused, and nothing created

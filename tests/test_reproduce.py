@@ -7,13 +7,17 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from src.record import code_files
-from src.reproduce import parts_of
-from tests.conftest import ROOT
+from benchmarks.kill import run_difference
+from src.reproduce import differing_surroundings, parts_of
+from src.results import first_difference, load_config
+from src.run import read_meta
+from tests.conftest import ROOT, copy_code
+from tests.test_refusals import contents
 
 SMALL = """
 training_loop.data = @digits
@@ -32,15 +36,17 @@ training_loop.n_epochs = 3
 
 
 @pytest.fixture
-def clone(tmp_path, monkeypatch):
-    """A copy of the code without git, in `code`, and small.gin in the current folder beside it."""
+def small(tmp_path, monkeypatch):
+    """A small config, small.gin, in the current folder."""
     monkeypatch.chdir(tmp_path)
     Path("small.gin").write_text(SMALL)
-    for name, content in code_files().items():
-        path = tmp_path / "code" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return tmp_path / "code"
+    return "small.gin"
+
+
+@pytest.fixture
+def clone(small, tmp_path):
+    """A copy of the code without git, in `code`, beside small.gin."""
+    return copy_code(tmp_path / "code")
 
 
 def call(clone: Path, script: str, *arguments, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -81,8 +87,6 @@ def test_a_run_is_repeated_from_its_folder_alone(clone):
     row = lines[3].split(",")
     row[lines[0].split(",").index("val_loss")] = "0.5"
     history.write_text("\n".join([*lines[:3], ",".join(row), *lines[4:]]) + "\n")
-    from src.results import first_difference
-
     assert first_difference("elsewhere/moved run", "again").startswith("epoch 3, val_loss: 0.5 -> ")
 
 
@@ -99,13 +103,58 @@ def test_what_differs_is_said(clone):
     assert "holds a run already" in call(ROOT, "reproduce.py", "run", "again", code=2).stderr
     assert "has no meta.json" in call(ROOT, "reproduce.py", "nothing", "new", code=2).stderr
 
-    archive = Path("run/code.tar.gz")
-    with tarfile.open(archive, "w:gz") as tar:
-        member = tarfile.TarInfo("../../outside.py")
-        member.size = 4
-        tar.addfile(member, io.BytesIO(b"evil"))
-    assert "outside" in call(ROOT, "reproduce.py", "run", "new", code=2).stderr
-    assert not list(Path("/tmp").glob("outside.py")) and not Path("new").exists()
+
+def archive_with(name: str, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """An archive of a file that may be unpacked, and of one more."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("src/new.py"))
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, "/etc"
+        tar.addfile(info)
+    return archive.getvalue()
+
+
+def test_a_damaged_or_hostile_archive_is_refused_and_nothing_written(small, main, capfd, tmp_path):
+    assert main("train", "run", small, "-b", "training_loop.n_epochs=1") == 0
+    archive, before = Path("run/code.tar.gz"), contents(tmp_path)
+    whole = archive.read_bytes()
+    checksum = bytes([*whole[:-8], whole[-8] ^ 1, *whole[-7:]])
+    links = (archive_with("link", tarfile.SYMTYPE), archive_with("link", tarfile.LNKTYPE))
+    cases = [(content, "cannot be read") for content in (b"", b"text", whole[:-1], whole[: len(whole) // 2], checksum)]
+    cases += [(archive_with(name), "is no file inside") for name in ("../../new.py", f"{tmp_path}/new.py")]
+    cases += [(content, "link is no plain file") for content in links]
+    for content, message in cases:
+        archive.write_bytes(content)
+        assert main("reproduce", "run", "new") == 2
+        errors = capfd.readouterr().err
+        assert errors.startswith("reproduce.py: run/code.tar.gz: ") and message in errors and errors.count("\n") == 1
+        assert not Path(tempfile.gettempdir(), "new.py").exists()
+        archive.write_bytes(whole)
+        assert contents(tmp_path) == before
+    archive.unlink()
+    assert main("reproduce", "run", "new") == 2
+
+
+@pytest.mark.slow
+def test_the_weights_begun_from_are_compared(small, main, capfd):
+    one = "training_loop.n_epochs=1"
+    begun = f"{one};training_loop.init_from='a'"
+    assert main("train", "a", small, "-b", one) == 0
+    assert main("train", "b", small, "-b", begun) == 0
+    assert main("train", "b", small, "-b", "training_loop.n_epochs=2;training_loop.reload=True") == 0
+    assert load_config("b")["training_loop.init_from"] == "'a'"
+    again = ("train", "c", "b/config.gin")
+    assert main(*again) == 0 and differing_surroundings(Path("b"), Path("c")) == []
+    assert run_difference(Path("b"), Path("c")) is None
+    shutil.rmtree("a")
+    assert main("train", "a", small, "-b", f"{one};training_loop.seed=1") == 0
+    capfd.readouterr()
+    assert main("reproduce", "b", "d") == 1
+    said = capfd.readouterr()
+    old, new = (read_meta(Path(run))["init_from"]["sha256"] for run in "bd")
+    assert said.err.endswith(f"warning: not as it was: init_from: {old} -> {new}\n")
+    assert "b, d: epoch 1, loss: " in said.out
 
 
 @pytest.mark.slow

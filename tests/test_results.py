@@ -6,6 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import gin
@@ -107,6 +110,57 @@ def test_prune_lists_and_deletes_checkpoints_of_finished_runs(runs, main, capfd)
     assert main("train", "runs/a", "runs/small.gin", "-b", f"{reload};training_loop.n_epochs=9") == 2
     assert "checkpoints were deleted" in capfd.readouterr().err
     assert sorted((f.name, f.stat().st_mtime_ns) for f in (runs / "a").iterdir()) == before
+
+
+def test_an_early_stopped_run_stays_as_it_is_pruned_or_not(runs, main, capfd):
+    still = "training_loop.callbacks=[@EarlyStopping];EarlyStopping.patience=1;SGD.lr=0.0;training_loop.reload=True"
+    own = ("train", "runs/c", "runs/small.gin", "-b", still)
+    assert main(*own, "-b", "training_loop.n_epochs=9") == 0
+    assert len(results.load_history("runs/c")) == 2
+    for pruned in (False, True):
+        if pruned:
+            assert main("runs", "runs", "--prune", "--yes") == 0
+            assert not (runs / "c/checkpoint.pt").exists()
+        assert main(*own, "-b", "training_loop.n_epochs=9") == 0
+        assert results.status(runs / "c") == "finished"
+        assert len(results.load_history("runs/c")) == 2
+    assert main(*own, "-b", "training_loop.n_epochs=10") == 2
+    assert "checkpoints were deleted" in capfd.readouterr().err
+
+
+HOLD = "import fcntl, sys; file = open(sys.argv[1], 'r+'); fcntl.lockf(file, fcntl.LOCK_EX); print(); input()"
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Another process has the run's lock, as the one that trains it has."""
+    command = [sys.executable, "-c", HOLD, run / "HEARTBEAT"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield
+        process.stdin.close()
+
+
+def test_what_a_process_holds_is_not_pruned(runs, main, capfd):
+    with held(runs / "a"):
+        assert main("runs", "runs", "--prune", "--yes") == 0
+    deleted = capfd.readouterr().out
+    assert (runs / "a/checkpoint.pt").exists() and "runs/a" not in deleted
+    assert not (runs / "b/checkpoint.pt").exists() and "deleted runs/b" in deleted
+
+
+@pytest.mark.parametrize("minutes, status", [(9, "running"), (11, "stalled")])
+def test_a_run_without_a_step_for_ten_minutes_is_stalled(runs, minutes, status):
+    then = datetime.now(UTC) - timedelta(minutes=minutes)
+    (runs / "a/HEARTBEAT").write_text(f"step 7 {then.isoformat(timespec='seconds')}\n")
+    with held(runs / "a"):
+        assert results.overview(runs / "a")["status"] == status
+    (runs / "a/FINISHED").unlink()
+    meta = read_meta(runs / "a") | {"status": "running"}
+    (runs / "a/meta.json").write_text(json.dumps(meta))
+    with held(runs / "a"):
+        assert results.overview(runs / "a")["status"] == status
+    assert results.overview(runs / "a")["status"] == "dead"
 
 
 def test_models_of_two_runs_stand_side_by_side(runs):

@@ -15,8 +15,8 @@ finally:
     for name in _SPARED:
         del sys.modules[name]
 
-from src.callbacks.early_stopping import EarlyStopping  # noqa: E402
-from src.callbacks.lr_schedule import LRSchedule  # noqa: E402
-from src.callbacks.warmup_cosine import WarmupCosine  # noqa: E402
+from src.callbacks.early_stopping import EarlyStopping
+from src.callbacks.lr_schedule import LRSchedule
+from src.callbacks.warmup_cosine import WarmupCosine
 
 __all__ = ["EarlyStopping", "LRSchedule", "WarmupCosine", "poutyne"]

@@ -52,8 +52,10 @@ def _register(name: str, module: str) -> None:
         return callback(**settings)
 
     # Poutyne's schedulers take any keyword; gin is told torch's, so that names are checked.
-    build.__signature__ = _signature(name, callback)  # type: ignore[attr-defined]
-    gin.external_configurable(build, name=name, module=module)
+    signature = _signature(name, callback)
+    build.__signature__ = signature  # type: ignore[attr-defined]
+    supplied = [name for name in ("parameters",) if name in signature.parameters]  # by the loop
+    gin.external_configurable(build, name=name, module=module, denylist=supplied)
 
 
 def _signature(name: str, callback: Callable[..., Any]) -> inspect.Signature:

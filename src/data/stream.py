@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from src.config import Failed
 from src.data.augment import Augmentation
 from src.data.dataset import TensorSplit
 
@@ -46,13 +45,8 @@ class StreamSplit(TensorSplit):
             worker_init_fn=_leave_signals_to_parent,
             generator=torch.Generator(),  # or it would draw from the one that dropout draws from
         )
-        try:
-            for rows, x in zip(batches, loader, strict=True):
-                yield x.to(self.y.device, non_blocking=True), self.y[rows.to(self.y.device)]
-        except RuntimeError as error:
-            if "DataLoader worker" in str(error):  # by whoever needed its memory, as a rule
-                raise Failed(f"a process that reads the data was killed: {error}: try fewer of them") from None
-            raise
+        for rows, x in zip(batches, loader, strict=True):
+            yield x.to(self.y.device, non_blocking=True), self.y[rows.to(self.y.device)]
 
 
 class _Rows(Dataset[Tensor]):

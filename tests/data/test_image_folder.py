@@ -81,6 +81,14 @@ def test_what_is_no_folder_of_classes_is_refused(images):
         image_folder("nothing")
     with pytest.raises(Refused, match="has 0 images in 0 folders"):
         image_folder("images/a")
+    shutil.rmtree(images / "c")
+    files = [f for f in sorted(images.glob("*/*")) if f.suffix != ".txt"]
+    for file in files[5:-4]:
+        file.unlink()
+    with pytest.raises(Refused, match="has 9 images in 2 folders: it needs"):
+        image_folder("images")
+    shutil.copy(files[0], images / f"b/more{files[0].suffix}")
+    assert len(image_folder("images").test) == 1
 
 
 def test_workers_are_as_many_as_the_cores_that_may_be_used():
