@@ -22,13 +22,16 @@ def command(arguments: Sequence[str], folder: Path, number: int, time: str, n_th
     the command, all quoted. The directory is relative to the run's folder if both are in the clone.
     """
     here, folder = Path.cwd(), folder.resolve()
+    script, *rest = arguments
     if here.is_relative_to(ROOT) and folder.is_relative_to(ROOT):
         directory = f'"$(dirname "$0")"/{shlex.quote(os.path.relpath(here, folder))}'
+        script = os.path.relpath(script)  # a shell's exec makes it absolute
+        script = script if "/" in script else f"./{script}"
     else:
         directory = shlex.quote(str(here))
     names = [name for name in ("DATA_DIR", "CUDA_VISIBLE_DEVICES") if name in os.environ]
     variables = [f"{name}={shlex.quote(os.environ[name])}" for name in names]
-    line = " ".join([*variables, f"OMP_NUM_THREADS={n_threads}", shlex.join(arguments)])
+    line = " ".join([*variables, f"OMP_NUM_THREADS={n_threads}", shlex.join([script, *rest])])
     return f"# start {number}, {time}\n(cd {directory} && {line})\n"
 
 
