@@ -27,13 +27,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run_dir", help="the run's folder, made if it is not there")
     parser.add_argument("config", nargs="+", help="gin files, layered: later ones win")
     parser.add_argument("-b", "--bindings", action="append", default=[], help="\"a.x=1;b.y='z'\": win over the files")
+    parser.add_argument("--profile", action="store_true", help="write a trace of 20 steps into the run's folder")
     arguments = parser.parse_args(argv[1:])
     try:
         run = Run(arguments.run_dir, config.read(arguments.config, arguments.bindings), argv)
     except config.Refused as refusal:
         print(f"train.py: {refusal.message}", file=sys.stderr)
         return refusal.exit_code
-    run.output = Output()
+    run.output, run.profile = Output(), arguments.profile
     stop = StopRequest()
     status, code, message = "failed", 1, ""
     try:

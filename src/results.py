@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from src.data.dataset import Data
 
 STALLED_SECONDS = 600.0
-TIMES = {"time", "images_per_s", "data_wait", "commit_s"}  # columns that no two runs share
+TIMES = {"time", "images_per_s", "data_wait", "commit_s", "valid_s", "peak_mb"}  # columns that no two runs share
 
 
 def find_runs(folder: str | Path) -> list[Path]:

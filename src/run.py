@@ -58,6 +58,7 @@ class Run:
         self.command = command
         self.reload = settings.last("training_loop.reload", False) is True
         self.output: Output | None = None
+        self.profile = False  # whether to write a trace of some steps
         self.meta: dict[str, Any] = {}
         self.warnings: list[str] = []
         self.changed: list[str] = []  # settings that differ from the run's until now

@@ -9,9 +9,12 @@ import inspect
 import math
 import os
 import random
+import resource
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 
 import src.models  # noqa: F401  (registers the models)
 from src.callbacks import external, poutyne
+from src.callbacks.profile import Profile
 from src.callbacks.progress import Progress
 from src.callbacks.tensorboard import TensorBoard
 from src.config import LOOP_SUPPLIES, Config, Failed, Refused, Settings, check, nearest
@@ -75,6 +79,12 @@ def training_loop(
     n_epochs: int = 1,
     batch_size: int = 128,
     accumulate: int = 1,
+    clip_norm: float | None = None,
+    ema_decay: float | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    compile: bool = False,
+    channels_last: bool = True,
+    fused: bool = True,
     seed: int = 0,
     monitor: str = "val_acc",
     monitor_mode: Literal["min", "max"] = "max",
@@ -102,6 +112,13 @@ def training_loop(
         n_epochs: the run ends after this epoch; it may be raised later with reload=True.
         batch_size: images a batch; the last batch of an epoch may be smaller.
         accumulate: batches an optimizer step; their gradients make the mean over all their images.
+        clip_norm: the largest norm of all gradients together; larger ones are scaled down to it.
+        ema_decay: 0.999, say: validation, best.pt and the test take an exponential moving average of the
+            weights over the steps (Polyak and Juditsky 1992), with the last step's buffers.
+        precision: 'bf16': the forward in bfloat16 where autocast does; weights and loss stay in fp32.
+        compile: torch.compile; it pays on a GPU, and takes a minute at the start.
+        channels_last: memory format of images and their network: faster convolutions.
+        fused: the optimizer's fused form where torch has one for the device.
         seed: of the weights, the order of the data, its augmentation and dropout.
         monitor, monitor_mode: the column of history.csv whose 'min' or 'max' is the best epoch.
         device: 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'.
@@ -148,16 +165,23 @@ def training_loop(
 
     seed_all(seed)
     network = build(model, input_shape=dataset.input_shape, n_classes=dataset.n_classes).to(place)
+    is_last = channels_last and len(dataset.input_shape) == 3
+    memory_format = torch.channels_last if is_last else torch.contiguous_format
+    network.to(memory_format=memory_format)
     trainable = [p for p in network.parameters() if p.requires_grad]
-    train = Batches(dataset.train.to(place, n_workers), batch_size, seed, steps_per_epoch)
-    valid = Batches(dataset.valid.to(place, n_workers), batch_size, limit=steps_per_epoch)
+    train = Batches(dataset.train.to(place, n_workers, memory_format), batch_size, seed, steps_per_epoch)
+    valid = Batches(dataset.valid.to(place, n_workers, memory_format), batch_size, limit=steps_per_epoch)
     trainer = Trainer(
         network,
-        build(optimizer, params=trainable),
+        build_optimizer(optimizer, trainable, fused),
         LossList(build(loss).to(place)),
         MetricList([build(m, n_classes=dataset.n_classes).to(place) for m in metrics]),
         train,
         accumulate,
+        clip_norm,
+        ema_decay,
+        precision == "bf16",
+        compile,
     )
     built_callbacks = [build(callback, parameters=trainable) for callback in callbacks]
     refuse_unknown_monitors(monitor, built_callbacks, trainer.metrics.names)
@@ -193,7 +217,7 @@ def training_loop(
         monitor, monitor_mode, log_every, stop_at, commit_steps, commit_seconds,
     )  # fmt: skip
     if state and (at.stopped or at.epoch >= n_epochs):
-        commits.follow(state["network"])
+        commits.follow(state["averaged"] or state["network"])
         print(f"{run.path}: {at.epoch} epochs are done, nothing is left to train")
     else:
         run.unfinish()
@@ -210,6 +234,7 @@ def training_loop(
                     *built_callbacks,
                     commits,  # what stands behind it sees committed epochs only
                     tensorboard,
+                    *([Profile(run.path)] if run.profile else []),
                     Progress(run.output.terminal if run.output else None, train, batch_size),
                 ],
             )
@@ -242,6 +267,17 @@ def build(builder: Callable[..., Any], **supplied: Any) -> Any:
 def is_needed(function: Callable[..., Any], name: str) -> bool:
     """Whether the parameter has no default."""
     return inspect.signature(function).parameters[name].default is inspect.Parameter.empty
+
+
+def build_optimizer(
+    optimizer: Callable[..., torch.optim.Optimizer], parameters: Sequence[nn.Parameter], fused: bool
+) -> torch.optim.Optimizer:
+    """The optimizer, in its fused form if that is wanted, not bound otherwise, and to be had on the device."""
+    built: torch.optim.Optimizer = build(optimizer, params=parameters)
+    if fused and built.defaults.get("fused", False) is None and not built.defaults.get("foreach"):
+        with suppress(RuntimeError, ValueError):  # not on this device, or not with these settings
+            built = optimizer(params=parameters, fused=True)
+    return built
 
 
 def place_of(error: Exception) -> str:
@@ -438,10 +474,31 @@ class Trainer(poutyne.Model):
         metrics: MetricList,
         batches: Batches,
         accumulate: int,
+        clip_norm: float | None,
+        ema_decay: float | None,
+        bf16: bool,
+        compile: bool,
     ) -> None:
         super().__init__(network, optimizer, loss, epoch_metrics=[(metrics.names, metrics)])
         self.loss, self.metrics, self.batches, self.accumulate = loss, metrics, batches, accumulate
+        self.clip_norm, self.bf16, self.ema_decay = clip_norm, bf16, ema_decay
+        self.averaged = copy.deepcopy(network).eval() if ema_decay is not None else None
+        self.forward = torch.compile(network) if compile else network
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.updated = True
+
+    @property
+    def shown(self) -> nn.Module:
+        """The network that is validated, saved as the best and tested."""
+        return self.network if self.averaged is None else self.averaged
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        assert self.averaged is not None and self.ema_decay is not None
+        averages: list[Tensor] = list(self.averaged.parameters())
+        torch._foreach_lerp_(averages, list(self.network.parameters()), 1 - self.ema_decay)
+        for old, new in zip(self.averaged.buffers(), self.network.buffers(), strict=True):
+            old.copy_(new)
 
     def _fit_batch(self, x: Any, y: Any, *, callback: Any, step: int, **_: Any) -> tuple[Tensor, tuple[()], None]:
         k = self.batches.start + step - 1  # of the epoch; Poutyne counts from where it began
@@ -458,11 +515,20 @@ class Trainer(poutyne.Model):
             loss.backward()  # type: ignore[no-untyped-call]
         callback.on_backward_end(step)
         if self.updated:
+            if self.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
             self.optimizer.step()
+            if self.averaged is not None:
+                self._average()
         return loss.detach(), (), None
 
     def _compute_loss_and_metrics(self, x: Any, y: Any, **_: Any) -> tuple[Tensor, tuple[()], None]:
-        output = self.network(*x) if isinstance(x, tuple) else self.network(x)
+        network = self.forward if self.network.training or self.averaged is None else self.averaged
+        if self.bf16:
+            with torch.autocast(y.device.type, torch.bfloat16):
+                output = network(x).float()
+        else:
+            output = network(x)
         loss = self.loss(output, y)
         self.metrics.update(output.detach(), y)
         return loss, (), None
@@ -521,7 +587,7 @@ class Commits(poutyne.Callback):
         # Only now: schedulers are made when training begins, and set the learning rate then.
         if self.state:
             self._restore(self.state)
-            self.follow(self.state["network"])
+            self.follow(self.trainer.shown.state_dict())
         if self.state and self.run.changed:  # from now on a commit holds the accepted settings
             self._commit(self._pending())
             self.run.write_config()
@@ -529,6 +595,8 @@ class Commits(poutyne.Callback):
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.trainer.network.load_state_dict(state["network"])
+        if self.trainer.averaged is not None:
+            self.trainer.averaged.load_state_dict(state["averaged"] or state["network"])
         if "training_loop.optimizer" not in self.run.changed:  # another one begins anew
             self.trainer.optimizer.load_state_dict(state["optimizer"])
         for group in self.trainer.optimizer.param_groups:
@@ -587,6 +655,8 @@ class Commits(poutyne.Callback):
             "images_per_s": self.n_images / seconds,
             "data_wait": self.trainer.batches.waited / seconds,
             "commit_s": self.commit_s,
+            "valid_s": time.perf_counter() - self.train_end,
+            "peak_mb": peak_memory(),
         }
         value, best = row[self.monitor], at.best["value"]
         if best is None or math.isnan(best) or (value > best if self.monitor_mode == "max" else value < best):
@@ -595,7 +665,7 @@ class Commits(poutyne.Callback):
         at.epoch, at.step, at.seconds, at.stopped = epoch_number, 0, 0.0, self.trainer.stop_training
         self.commit_s = 0.0  # this epoch's own commit stands in the next row
         self._commit(self._pending())
-        self.follow(self.trainer.network.state_dict())
+        self.follow(self.trainer.shown.state_dict())
         logs.clear()
         logs.update(row)  # for those that stand behind
 
@@ -656,6 +726,7 @@ class Commits(poutyne.Callback):
             {
                 **vars(self.at),
                 "network": network.state_dict(),
+                "averaged": self.trainer.averaged.state_dict() if self.trainer.averaged is not None else {},
                 "optimizer": self.trainer.optimizer.state_dict(),
                 "callbacks": [[type(c).__name__, plain(external.state_dict(c))] for c in self.callbacks],
                 **pending,
@@ -666,6 +737,13 @@ class Commits(poutyne.Callback):
 
     def _remember_commit(self) -> None:
         self.committed_step, self.committed_time = self.at.total_steps, time.monotonic()
+
+
+def peak_memory() -> float:
+    """In MB, since the start: of the GPU if one is used, else of the process."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def get_rng() -> dict[str, Any]:

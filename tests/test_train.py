@@ -59,7 +59,7 @@ def test_a_run_leaves_every_file_of_its_folder(small, train):
     assert meta["data"]["name"] == "digits" and meta["model"] == "SimpleCNN"
     assert meta["starts"][0]["stop"] and meta["starts"][0]["threads"] == 1
     columns = next(csv.reader((run / "history.csv").read_text().splitlines()))
-    expected = "epoch,time,lr,loss,acc,val_loss,val_acc,images_per_s,data_wait,commit_s"
+    expected = "epoch,time,lr,loss,acc,val_loss,val_acc,images_per_s,data_wait,commit_s,valid_s,peak_mb"
     assert columns == expected.split(",")
     assert [row["lr"] for row in results.load_history(run)] == [0.03, 0.03]
     assert json.loads((run / "eval_results.json").read_text())["n"] == 359

@@ -10,7 +10,7 @@ from poutyne import Callback
 
 REFRESH_SECONDS = 0.1
 BAR_WIDTH = 24
-TIMES = ("epoch", "time", "lr", "images_per_s", "data_wait", "commit_s")
+TIMES = ("epoch", "time", "lr", "images_per_s", "data_wait", "commit_s", "valid_s", "peak_mb")
 
 
 class Progress(Callback):
@@ -29,6 +29,7 @@ class Progress(Callback):
         self.terminal = terminal
         self.batches = batches
         self.batch_size = batch_size
+        self.warned = False
 
     def on_epoch_begin(self, epoch_number: int, logs: dict[str, Any]) -> None:
         self.epoch = epoch_number
@@ -66,6 +67,12 @@ class Progress(Callback):
 
     def on_epoch_end(self, epoch_number: int, logs: Mapping[str, float]) -> None:
         self._draw("")
+        if logs["data_wait"] > 0.2 and logs["time"] > 1 and not self.warned:
+            self.warned = True
+            print(
+                f"{logs['data_wait']:.0%} of the training time waits for data: raise training_loop.n_workers, give the "
+                "run more cores, or store the data smaller"
+            )
         left = (self.params["epochs"] - epoch_number) * logs["time"]
         values = "  ".join(f"{k} {v:.4g}" for k, v in logs.items() if k not in TIMES)
         print(

@@ -16,7 +16,7 @@ from torch.utils.tensorboard.summary import hparams, scalar, text
 EPOCH_TAG = "epoch/loss"
 STEP_TAG = "step/loss"
 FINAL_TAG = "final/loss"
-NOT_METRICS = ("epoch", "time", "lr", "images_per_s", "data_wait", "commit_s")
+NOT_METRICS = ("epoch", "time", "lr", "images_per_s", "data_wait", "commit_s", "valid_s", "peak_mb")
 
 
 class TensorBoard(Callback):

@@ -37,6 +37,22 @@ def random_crop(padding: int = 4) -> Augmentation:
     return crop
 
 
+def cutout(size: int) -> Augmentation:
+    """Set a square of size x size pixels at a random place to zero (DeVries and Taylor 2017, section 3)."""
+    if size < 1:
+        raise Refused(f"cutout = {size}: give 1 or more pixels.")
+
+    def cut(x: Tensor, generator: Generator) -> Tensor:
+        n, _, height, width = x.shape
+        centres = torch.rand(2, n, 1, generator=generator) * torch.tensor([[[height]], [[width]]])
+        top, left = send((centres - size / 2).round().long(), x.device)
+        rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+        inside_rows, inside_columns = (rows >= top) & (rows < top + size), (columns >= left) & (columns < left + size)
+        return x.masked_fill((inside_rows[:, :, None] & inside_columns[:, None, :])[:, None], 0)
+
+    return cut
+
+
 def random_flip(x: Tensor, generator: Generator) -> Tensor:
     """Mirror each image left to right with probability 1/2."""
     n, _, _, width = x.shape

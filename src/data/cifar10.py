@@ -7,6 +7,7 @@ import gin
 import torch
 from torch import Tensor
 
+from src.data import augment as augmentation
 from src.data.augment import random_crop, random_flip
 from src.data.dataset import Data, TensorSplit, Unavailable, data_dir, fingerprint, first_n, shown, stratified_split
 from src.data.download import download
@@ -21,6 +22,7 @@ def cifar10(
     n_train: int | None = None,
     padding: int = 4,
     flip: bool = True,
+    cutout: int = 0,
     url: str = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
     md5: str = "c58f30108f718f92721af3b95e74349a",
     timeout: float = 10.0,
@@ -28,7 +30,8 @@ def cifar10(
     """60,000 colour images of 32x32 in 10 classes, split 45,000/5,000/10,000. Downloaded once.
 
     n_train: use only so many for training, balanced.
-    padding, flip: of the random crop and flip of the training images; 0 and False: none.
+    padding, flip, cutout: pixels of the random crop, flip, and pixels of the square that is cut out of the
+    training images; 0 and False: none.
     timeout: seconds after which a server that cannot be reached or is silent is given up.
     Raises Unavailable, with what to do, if the data are not in DATA_DIR and cannot be downloaded.
     Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009), chapter 3.
@@ -47,6 +50,7 @@ def cifar10(
     train, valid = stratified_split(y, [len(x) - tenth, tenth])
     train = first_n(train, n_train)
     augment = ([random_crop(padding)] if padding else []) + ([random_flip] if flip else [])
+    augment += [augmentation.cutout(cutout)] if cutout else []
     splits = (
         TensorSplit(x.index_select(0, train), y[train], mean=MEAN, std=STD, augment=augment),
         TensorSplit(x.index_select(0, valid), y[valid], mean=MEAN, std=STD),  # twice as fast as x[valid]

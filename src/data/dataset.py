@@ -31,6 +31,7 @@ class TensorSplit:
     """
 
     n_workers: int | None = None
+    memory_format = torch.contiguous_format
 
     def __init__(
         self,
@@ -53,10 +54,15 @@ class TensorSplit:
     def __len__(self) -> int:
         return len(self.x)
 
-    def to(self, device: torch.device | str, n_workers: int | None = None) -> Self:
-        """The same split with all tensors on `device`, to be read by so many processes."""
+    def to(
+        self,
+        device: torch.device | str,
+        n_workers: int | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Self:
+        """The same split with all tensors on `device`, read by so many processes, its batches in that format."""
         moved = copy.copy(self)
-        moved.n_workers = n_workers
+        moved.n_workers, moved.memory_format = n_workers, memory_format
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(moved, name, value.to(device))
@@ -77,7 +83,7 @@ class TensorSplit:
                 for function in self.augment:
                     x = function(x, generator)
             # A copy, which may be changed in place. x * scale + shift is far slower for uint8.
-            x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            x = x.to(torch.float32, copy=True, memory_format=self.memory_format)
             yield x.mul_(self.scale).add_(self.shift), y
 
     def _gather(self, batch_size: int, order: Tensor | None, start: int) -> Iterator[tuple[Tensor, Tensor]]:
