@@ -181,14 +181,15 @@ def evaluate(
 
     from src.data.dataset import Batches
     from src.metrics import LossList, MetricList
-    from src.training_loop import build, find_device
+    from src.training_loop import build, find_device, memory_format_of
 
     path = _existing(run)
     network, state = _load(path, "best")
     with _configured(path) as settings:
         place = find_device(device or settings["device"])
-        network.to(place)
         data = data or settings["data"]()
+        memory_format = memory_format_of(data, settings["channels_last"])
+        network.to(place).to(memory_format=memory_format)
         loss = LossList(build(settings["loss"]).to(place))
         metrics = MetricList([build(m, n_classes=data.n_classes).to(place) for m in settings["metrics"]])
     expected = read_meta(path)["data"]["fingerprint"]
@@ -197,7 +198,8 @@ def evaluate(
             f"{path}: the data here is not the run's (fingerprint {data.fingerprint[:12]}, not {expected[:12]})"
         )
     outputs, labels = [], []
-    part = {"train": data.train, "valid": data.valid, "test": data.test}[split].to(place, settings["n_workers"])
+    part = {"train": data.train, "valid": data.valid, "test": data.test}[split]
+    part = part.to(place, settings["n_workers"], memory_format)
     with torch.inference_mode():
         for x, y in Batches(part, settings["batch_size"], limit=settings["steps_per_epoch"]):
             output = network(x)

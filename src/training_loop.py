@@ -165,8 +165,7 @@ def training_loop(
 
     seed_all(seed)
     network = build(model, input_shape=dataset.input_shape, n_classes=dataset.n_classes).to(place)
-    is_last = channels_last and len(dataset.input_shape) == 3
-    memory_format = torch.channels_last if is_last else torch.contiguous_format
+    memory_format = memory_format_of(dataset, channels_last)
     network.to(memory_format=memory_format)
     trainable = [p for p in network.parameters() if p.requires_grad]
     train = Batches(dataset.train.to(place, n_workers, memory_format), batch_size, seed, steps_per_epoch)
@@ -278,6 +277,11 @@ def build_optimizer(
         with suppress(RuntimeError, ValueError):  # not on this device, or not with these settings
             built = optimizer(params=parameters, fused=True)
     return built
+
+
+def memory_format_of(data: Data, channels_last: bool) -> torch.memory_format:
+    """That of the network and its batches: channels_last, if it is wanted, for images alone."""
+    return torch.channels_last if channels_last and len(data.input_shape) == 3 else torch.contiguous_format
 
 
 def place_of(error: Exception) -> str:
