@@ -29,12 +29,13 @@ for _ in range(n_epochs):
     began, losses, right = time.perf_counter(), [], []
     network.train()
     for rows in torch.randperm(n_train).split(batch):
-        xb, yb = x[rows.to(device)], y[rows.to(device)]
+        xb, yb = (a.index_select(0, rows.to(device)) for a in (x, y))
         top, left = torch.randint(9, (2, len(rows))).to(device)
         xb = F.pad(xb, (4,) * 4).unfold(2, 32, 1).unfold(3, 32, 1)[torch.arange(len(rows)), :, top, left]
         flip = columns[torch.randint(2, (len(rows),))]
-        xb = xb.gather(3, flip[:, None, None].expand_as(xb)).float().mul_(scale).add_(shift)
-        loss = F.cross_entropy(output := network(xb.contiguous(memory_format=torch.channels_last)), yb)
+        xb = xb.gather(3, flip[:, None, None].expand_as(xb))
+        xb = xb.to(torch.float32, memory_format=torch.channels_last).mul_(scale).add_(shift)
+        loss = F.cross_entropy(output := network(xb), yb)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -43,6 +44,6 @@ for _ in range(n_epochs):
     network.eval()
     with torch.no_grad():
         for xb, yb in zip(x_valid.split(batch), y_valid.split(batch), strict=True):
-            xb = xb.float().mul_(scale).add_(shift).contiguous(memory_format=torch.channels_last)
+            xb = xb.to(torch.float32, memory_format=torch.channels_last).mul_(scale).add_(shift)
             right.append((network(xb).argmax(1) == yb).sum())
     print(f"{time.perf_counter() - began:.4f} {torch.stack(losses).mean():.4f} {torch.stack(right).sum()}", flush=True)

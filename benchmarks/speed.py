@@ -8,7 +8,8 @@ Epoch: the small CNN on 12,800 images of CIFAR-10's shape, crop, flip and valida
 second epoch on; bin/train.py with records, TensorBoard, commits and heartbeat on. Poutyne and Lightning as
 their documentation shows them: a DataLoader of PIL transforms, here with as many workers as is faster, 0 or 2.
 Step: one thread, an MLP of 0.5 ms a step, and one of 5 ms; loops that keep nothing, that keep loss and
-accuracy, Poutyne, this project. Trials are interleaved; medians; the spread is (max - min) / median.
+accuracy, Poutyne, this project. Trials are interleaved; medians, the spread as (max - min) / median,
+and the median of the ratios within a round, which a machine's slower minutes leave alone.
 Peers come by: pip install '.[peers]'.
 """
 
@@ -55,19 +56,33 @@ training_loop.n_epochs = 1
 """
 
 
-def epoch_seconds(name: str, n_train: int, folder: Path) -> list[float]:
-    """Seconds of each epoch but the first, validation included, of one process."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def epoch_cost(name: str, n_train: int, folder: Path) -> tuple[float, float]:
+    """Median seconds of the epochs but the first, validation included, and peak MB, of one process."""
+    run = folder / f"run{time.monotonic_ns()}"
     if name == "this":
-        config, run = folder / "cnn.gin", folder / f"run{time.monotonic_ns()}"
+        config = folder / "cnn.gin"
         config.write_text(CNN.format(n_train=n_train, n_epochs=EPOCHS))
-        command = [sys.executable, str(ROOT / "bin/train.py"), str(run), str(config)]
-        subprocess.run(command, check=True, capture_output=True, env=environment)
-        return times_between_epochs(run)
-    module = "benchmarks.bare" if name == "bare" else "benchmarks.peers"
-    command = [sys.executable, "-m", module, *(() if name == "bare" else (name,)), str(n_train), str(EPOCHS)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=folder)
-    return [float(line.split()[0]) for line in done.stdout.splitlines() if line[:1].isdigit()][1:]
+        command = [str(ROOT / "bin/train.py"), str(run), str(config)]
+    else:
+        module = ("benchmarks.bare",) if name == "bare" else ("benchmarks.peers", name)
+        command = ["-m", *module, str(n_train), str(EPOCHS)]
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=folder,
+    )
+    assert process.stdout
+    printed = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, f"{name} failed:\n{printed}"
+    if name == "this":
+        seconds = times_between_epochs(run)
+    else:
+        seconds = [float(line.split()[0]) for line in printed.splitlines() if line[:1].isdigit()][1:]
+    return statistics.median(seconds), usage.ru_maxrss / 1e3
 
 
 def times_between_epochs(run: Path) -> list[float]:
@@ -93,8 +108,10 @@ def step_loops(width: int, batch: int, n_steps: int, folder: Path) -> dict[str, 
     x = x.float() / 255
 
     def network() -> nn.Module:
-        layers = [nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)]
-        return nn.Sequential(*layers)
+        layers: list[nn.Module] = [nn.Flatten()]  # as in src/models/mlp.py
+        for n_in in (64, width):
+            layers += [nn.Linear(n_in, width), nn.ReLU(), nn.Dropout(0.0)]
+        return nn.Sequential(*layers, nn.Linear(width, 10))
 
     def bare(keep: bool) -> float:
         model = network()
@@ -102,7 +119,7 @@ def step_loops(width: int, batch: int, n_steps: int, folder: Path) -> dict[str, 
         losses, right = [], []
         began = time.perf_counter()
         for rows in torch.randperm(n).split(batch):
-            xb, yb = x[rows], y[rows]
+            xb, yb = x.index_select(0, rows), y.index_select(0, rows)
             loss = F.cross_entropy(output := model(xb), yb)
             optimizer.zero_grad()
             loss.backward()
@@ -117,7 +134,8 @@ def step_loops(width: int, batch: int, n_steps: int, folder: Path) -> dict[str, 
     def usual_poutyne() -> float:
         model = network()
         loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=batch, shuffle=True)
-        trainer = poutyne.Model(model, torch.optim.SGD(model.parameters(), lr=0.01), "cross_entropy", ["accuracy"])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        trainer = poutyne.Model(model, optimizer, "cross_entropy", batch_metrics=["accuracy"])
         began = time.perf_counter()
         trainer.fit_generator(loader, epochs=1, verbose=False)
         return (time.perf_counter() - began) / n_steps
@@ -130,25 +148,29 @@ def step_loops(width: int, batch: int, n_steps: int, folder: Path) -> dict[str, 
         from src.results import load_history
 
         run = folder / f"mlp{time.monotonic_ns()}"
-        assert main(["train.py", str(run), str(config)]) == 0
+        terminal, silence = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        code = main(["train.py", str(run), str(config)])
+        os.dup2(terminal, 1)
+        os.close(terminal), os.close(silence)
+        assert code == 0
         return batch / load_history(run)[0]["images_per_s"]
 
-    return {
-        "bare": lambda: bare(False),
-        "bare, loss and acc": lambda: bare(True),
-        "this": this,
-        "poutyne": usual_poutyne,
-    }
+    return {"bare": lambda: bare(False), KEEPS: lambda: bare(True), "this": this, "poutyne": usual_poutyne}
+
+
+def ratio(values: list[float], base: list[float]) -> float:
+    """Median of the ratios to the base's trial beside it."""
+    return statistics.median(value / other for value, other in zip(values, base, strict=True))
 
 
 def report(title: str, unit: str, times: dict[str, list[float]], base: str) -> None:
-    """Median, spread and the ratio to the base."""
+    """Prints median, spread and ratio of each."""
     print(f"\n{title}\n{'':22}{unit:>10}{'spread':>9}{'ratio':>8}")
-    reference = statistics.median(times[base])
     for name, values in times.items():
         median = statistics.median(values)
         spread = (max(values) - min(values)) / median
-        print(f"{name:22}{median:10.4g}{spread:9.0%}{median / reference:8.3f}", flush=True)
+        print(f"{name:22}{median:10.4g}{spread:9.0%}{ratio(values, times[base]):8.3f}", flush=True)
 
 
 def main() -> int:
@@ -168,21 +190,23 @@ def main() -> int:
         if arguments.only != "step":
             peers = [peer for peer in arguments.peers.split(",") if peer != "none"]
             times: dict[str, list[float]] = {name: [] for name in ("bare", "this", *peers)}
+            memory: dict[str, list[float]] = {name: [] for name in times}
             for _ in range(arguments.trials):
-                for contender, values in times.items():
-                    values.append(statistics.median(epoch_seconds(contender, arguments.images, folder)))
+                for contender in times:
+                    seconds, peak = epoch_cost(contender, arguments.images, folder)
+                    times[contender].append(seconds)
+                    memory[contender].append(peak)
             report(f"epoch of {arguments.images} images, {arguments.trials} trials", "seconds", times, "bare")
+            report("peak memory of the same processes", "MB", memory, "bare")
         if arguments.only != "epoch":
             torch.set_num_threads(1)
-            for label, width, batch in (("0.5 ms", 256, 128), ("5 ms", 1024, 256)):
-                loops = step_loops(width, batch, 600 if label == "0.5 ms" else 60, folder)
+            for label, width, batch in (("0.5 ms", 128, 128), ("5 ms", 640, 128)):
+                loops = step_loops(width, batch, 2000 if label == "0.5 ms" else 200, folder)
                 times = {contender: [] for contender in loops}
                 for _ in range(2 * arguments.trials + 1):
                     for contender, loop in loops.items():
                         times[contender].append(1e6 * loop())
-                report(
-                    f"step of {label}, 1 thread, {2 * arguments.trials + 1} trials", "us", times, "bare, loss and acc"
-                )
+                report(f"step of {label}, 1 thread, {2 * arguments.trials + 1} trials", "us", times, KEEPS)
     return 0
 
 

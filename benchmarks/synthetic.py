@@ -23,6 +23,8 @@ def synthetic(n_train: int = 12800, n_valid: int = 1280, shape: tuple[int, ...] 
     """n_train images to train on, with crop and flip, n_valid each to validate and to test."""
     parts = [images(n, shape, seed) for seed, n in enumerate((n_train, n_valid, n_valid))]
     is_image = len(shape) == 3
+    if not is_image:
+        parts = [(x.float() / 255, y) for x, y in parts]
     norm = {"mean": MEAN, "std": STD} if is_image else {}
     augment = [random_crop(4), random_flip] if is_image else []
     train, valid, test = (

@@ -50,6 +50,7 @@ class TensorSplit:
         spread = torch.tensor(std or [1.0], dtype=torch.float64).view(by_channel)
         self.x, self.y, self.augment = x, y, tuple(augment)
         self.scale, self.shift = (1 / (unit * spread)).float(), (-centre / spread).float()
+        self.is_scaled = unit != 1 or mean is not None or std is not None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -78,13 +79,13 @@ class TensorSplit:
         """
         order = None if seed is None else torch.randperm(len(self), generator=_generator(seed, epoch))
         for k, (x, y) in enumerate(self._gather(batch_size, order, start), start):
-            if seed is not None:
+            if seed is not None and self.augment:
                 generator = _generator(seed, epoch, k)
                 for function in self.augment:
                     x = function(x, generator)
             # A copy, which may be changed in place. x * scale + shift is far slower for uint8.
-            x = x.to(torch.float32, copy=True, memory_format=self.memory_format)
-            yield x.mul_(self.scale).add_(self.shift), y
+            x = x.to(torch.float32, copy=order is None, memory_format=self.memory_format)
+            yield (x.mul_(self.scale).add_(self.shift) if self.is_scaled else x), y
 
     def _gather(self, batch_size: int, order: Tensor | None, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows of x and y in batches from the `start`-th on, in the order, on the device."""
