@@ -10,7 +10,6 @@ Exit codes: 0 done; 2 refused.
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -40,7 +39,7 @@ def main(argv: list[str]) -> int:
     if arguments.prune:
         prune(runs, delete=arguments.yes)
     elif arguments.json:
-        print(json.dumps([results.overview(run) for run in runs], indent=2))
+        print(results.to_json([results.overview(run) for run in runs]))
     else:
         rows = [HEADER, *(shown(results.overview(run)) for run in runs)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -50,27 +49,31 @@ def main(argv: list[str]) -> int:
 
 
 def shown(row: dict[str, Any]) -> tuple[str, ...]:
+    # A name with a line's end, or bytes that are no text, would break the table.
+    name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in row["run"])
+    status = f"{row['status']}: {row['problem']}" if row["problem"] else row["status"]
     if "epochs" not in row:
-        return (row["run"], row["status"], "", "", "", "", "", "")
+        return (name, status, "", "", "", "", "", "")
     best = f"{row['monitor']} {row['best']:.4g}" if row["best"] is not None else ""
-    name = row["monitor"].removeprefix("val_")
-    test = f"{name} {row['test'][name]:.4g}" if row["test"] and name in row["test"] else ""
+    metric = row["monitor"].removeprefix("val_")
+    test = f"{metric} {row['test'][metric]:.4g}" if row["test"] and metric in row["test"] else ""
     minutes, seconds = divmod(round(row["seconds"]), 60)
-    texts = (row["run"], row["status"], row["data"], row["model"], str(row["epochs"]))
+    texts = (name, status, str(row["data"]), str(row["model"]), str(row["epochs"]))
     return (*texts, best, test, f"{minutes}:{seconds:02}")
 
 
 def prune(runs: list[Path], *, delete: bool) -> None:
     total = 0
     for run in runs:
-        if results.status(run) == "finished" and (run / "best.pt").exists():
+        if results.overview(run)["status"] == "finished" and (run / "best.pt").exists():
             for file in (run / "checkpoint.pt", run / "checkpoint.prev.pt"):
                 if file.exists():
                     total += file.stat().st_size
                     print(f"{'deleted' if delete else 'would delete'} {file}")
                     if delete:
                         file.unlink()
-    print(f"{total / 1e6:,.1f} MB" + ("" if delete or not total else " (--yes deletes them)"))
+    size = f"{total / 1e6:,.1f} MB" + ("" if delete else " (--yes deletes them)")
+    print(size if total else "nothing to prune")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from src.config import Refused
-from src.data.dataset import data_dir
 from src.record import read_archive
 from src.results import load_history
 from src.run import read_meta
@@ -24,6 +23,8 @@ def reproduce(run: Path, new: Path) -> None:
     Raises Refused if there is no run with a committed epoch, or `new` is unfit; RuntimeError if the
     repeated run fails.
     """
+    from src.data.dataset import data_dir  # torch comes with it, which comparing does without
+
     history = load_history(run)
     if not history:
         raise Refused(f"{run}: has no epoch to compare with")

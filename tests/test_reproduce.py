@@ -36,14 +36,6 @@ training_loop.n_epochs = 3
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
-    """A small config, small.gin, in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    Path("small.gin").write_text(SMALL)
-    return "small.gin"
-
-
-@pytest.fixture
 def clone(small, tmp_path):
     """A copy of the code without git, in `code`, beside small.gin."""
     return copy_code(tmp_path / "code")

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -17,7 +19,8 @@ import torch
 
 from src import results
 from src.config import ROOT, Refused
-from src.run import read_meta
+from src.run import read_flat, read_meta
+from tests.awkward import EXAMPLE, FILES, awkward
 from tests.test_train import SMALL
 
 
@@ -85,7 +88,7 @@ def test_runs_lists_all_and_says_what_is_damaged(runs, main, capfd):
     lines = capfd.readouterr().out.splitlines()
     assert lines[0].split() == ["run", "status", "data", "model", "epochs", "best", "test", "time"]
     assert lines[1].split()[:7] == ["runs/a", "finished", "digits", "SimpleCNN", "2", "val_acc", lines[1].split()[6]]
-    assert "unreadable: JSONDecodeError" in lines[3]
+    assert "unreadable: meta.json: cannot be read" in lines[3]
     assert main("runs", "runs", "--json") == 0
     rows = json.loads(capfd.readouterr().out)
     assert [Path(row["run"]).name for row in rows] == ["a", "b", "broken"]
@@ -128,6 +131,15 @@ def test_an_early_stopped_run_stays_as_it_is_pruned_or_not(runs, main, capfd):
     assert "checkpoints were deleted" in capfd.readouterr().err
 
 
+def test_prune_says_when_there_is_nothing_and_leaves_damaged_runs(runs, main, capfd):
+    (runs / "a/meta.json").write_text("[]")
+    (runs / "b/checkpoint.pt").unlink()
+    (runs / "b/checkpoint.prev.pt").unlink()
+    assert main("runs", "runs", "--prune", "--yes") == 0
+    assert capfd.readouterr().out == "nothing to prune\n"
+    assert (runs / "a/checkpoint.pt").exists()
+
+
 HOLD = "import fcntl, sys; file = open(sys.argv[1], 'r+'); fcntl.lockf(file, fcntl.LOCK_EX); print(); input()"
 
 
@@ -163,6 +175,139 @@ def test_a_run_without_a_step_for_ten_minutes_is_stalled(runs, minutes, status):
     assert results.overview(runs / "a")["status"] == "dead"
 
 
+def test_a_held_run_without_a_time_in_its_heartbeat_says_so(runs):
+    (runs / "a/HEARTBEAT").write_text("step 7\n")
+    with held(runs / "a"):
+        row = results.overview(runs / "a")
+    assert row["status"] == "unreadable" and row["problem"] == "HEARTBEAT: holds no step and time, but 'step 7\\n'"
+
+
+def test_collect_gives_a_row_a_run(runs):
+    frame = results.collect("runs")
+    # What the runs were given, and nothing else, is told apart.
+    assert list(frame.columns[:5]) == ["run", "status", "training_loop.seed", "SimpleCNN.n_filters", "epochs"]
+    assert frame["SimpleCNN.n_filters"].tolist() == [[8, 8], [4]]
+    assert frame["training_loop.seed"].tolist() == [0, 1]
+    assert frame["epochs"].tolist() == [2, 2] and frame["problem"].tolist() == ["", ""]
+    for _, row in frame.iterrows():
+        history = results.load_history(row["run"])
+        assert (row["last_loss"], row["last_val_loss"]) == (history[-1]["loss"], history[-1]["val_loss"])
+        best = max(history, key=lambda epoch: epoch["val_acc"])
+        assert (row["best_epoch"], row["best_val_acc"]) == (best["epoch"], best["val_acc"])
+        assert row["test_acc"] == json.loads((Path(row["run"]) / "eval_results.json").read_text())["acc"]
+    assert not any(name.endswith(f"_{time}") for name in frame.columns for time in results.TIMES)
+    assert results.collect(runs / "a/configs").columns[0] == "run"  # none: a frame without rows
+    with pytest.raises(Refused, match="no such folder"):
+        results.collect("nowhere")
+
+
+def test_the_best_epoch_is_the_monitors(tmp_path):
+    for mode, epoch in {"min": 1, "max": 2}.items():
+        shutil.copytree(EXAMPLE, tmp_path / mode)
+        meta = read_meta(EXAMPLE) | {"monitor": "val_acc", "monitor_mode": mode}
+        (tmp_path / mode / "meta.json").write_text(json.dumps(meta))
+        (row,) = results.collect(tmp_path / mode).to_dict("records")
+        history = results.load_history(EXAMPLE)
+        assert row["best_epoch"] == epoch and row["best_val_loss"] == history[epoch - 1]["val_loss"]
+
+
+def test_a_setting_that_a_run_lacks_differs(tmp_path):
+    for name, line in {"a": "", "b": "digits.flip = True\n", "c": "digits.flip = @SGD\n"}.items():
+        shutil.copytree(EXAMPLE, tmp_path / name)
+        with open(tmp_path / name / "config.gin", "a") as file:
+            file.write(line)
+    (tmp_path / "c/meta.json").write_text("{}")  # what cannot be read makes no setting differ
+    frame = results.collect(tmp_path)
+    assert list(frame.columns[:4]) == ["run", "status", "digits.flip", "epochs"]
+    assert frame["digits.flip"].isna().tolist() == [True, False, True] and frame["digits.flip"][1] is True
+    assert frame["epochs"].isna().tolist() == [False, False, True]
+
+
+def test_settings_are_read_as_gin_reads_them(tmp_path):
+    texts = [(EXAMPLE / "config.gin").read_text(), "import math\n\nSGD.lr = 1e999\n", "a.b = 'x; y'  # z = 3\n"]
+    texts += ["rate = 0.1\nSGD.lr = %rate\n", "SGD:\n  lr = 1\n", "a.b = [\n1,\n2]\n", "a.b = \\\n  3\n"]
+    texts += ["a.b = 1\na.b = 2\n", "s/a.b = '''\nc.d = 1\n'''\n"]
+    shutil.copytree(EXAMPLE, tmp_path / "run")
+    for text in texts:
+        (tmp_path / "run/config.gin").write_text(text)
+        assert results.load_config(tmp_path / "run") == read_flat(tmp_path / "run/config.gin") != {}, text
+
+
+def refuse_constant(name: str):
+    raise ValueError(f"{name} is no JSON")
+
+
+def test_awkward_folders_are_all_listed_with_what_is_wrong(tmp_path, main, capfd):
+    expected = {str(tmp_path / "runs" / name): said for name, said in awkward(tmp_path / "runs").items()}
+    assert len(expected) >= 30
+    frame = results.collect(tmp_path / "runs")
+    assert main("runs", tmp_path / "runs", "--json") == 0
+    rows = json.loads(capfd.readouterr().out, parse_constant=refuse_constant)
+    assert sorted(frame["run"]) == sorted(row["run"] for row in rows) == sorted(expected)
+    for row in (*frame.to_dict("records"), *rows):
+        status, problem = expected[row["run"]]
+        assert row["status"] == status and problem in row["problem"], row
+        assert bool(row["problem"]) == bool(problem) and "\n" not in row["problem"] and len(row["problem"]) <= 160, row
+
+    assert main("runs", tmp_path / "runs") == 0
+    out, err = capfd.readouterr()
+    assert err == "" and "Traceback" not in out
+    lines = {line.split("  ")[0]: line for line in out.splitlines()[1:]}
+    assert len(lines) == len(out.splitlines()) - 1 == len(expected)
+    for run, (status, problem) in expected.items():
+        line = lines[run.replace("\n", "\\n").replace("\udcff", "\\udcff")]
+        assert f"  {status}" in line and problem in line, line
+
+    found = frame.set_index(frame["run"].map(lambda run: Path(run).name))
+    assert found["epochs"]["history huge"] == 20_000 and math.isnan(found["epochs"]["meta cut"])
+    assert found["best_epoch"]["monitor NaN at last"] == 1 and math.isnan(found["best_epoch"]["monitor always NaN"])
+    assert math.isnan(found["last_loss"]["loss NaN"]) and found["SGD.lr"]["config written by hand"] == 0.1
+    assert main("runs", tmp_path / "runs", "--prune") == 0
+
+
+def test_a_thousand_runs_are_read_at_once(tmp_path):
+    contents = {name: (EXAMPLE / name).read_bytes() for name in FILES}
+    for k in range(1000):
+        (tmp_path / f"run{k:03}").mkdir()
+        for name, content in contents.items():
+            content = content.replace(b"loop.seed = 0", b"loop.seed = %d" % k) if name == "config.gin" else content
+            (tmp_path / f"run{k:03}" / name).write_bytes(content)
+    began = time.perf_counter()
+    frame = results.collect(tmp_path)
+    assert time.perf_counter() - began < 4  # 0.5 to 1 s; by gin's parser alone, 3 s
+    assert frame["training_loop.seed"].tolist() == list(range(1000))
+
+
+def test_mean_and_interval():
+    mean, deviation, half, n = results.mean_interval([96.0, 97.0, 95.0, 98.0, 99.0])
+    assert (mean, n) == (97, 5) and deviation == pytest.approx(math.sqrt(2.5))
+    assert half == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-6)  # t of 4 degrees of freedom, from a table
+    mean, deviation, half, n = results.mean_interval([3])
+    assert (mean, n) == (3, 1) and math.isnan(deviation) and math.isnan(half)
+    assert results.mean_interval([])[3] == 0
+    for strange in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="1 of 2 values are not finite"):
+            results.mean_interval([1.0, strange])
+
+
+def test_welch():
+    # Equal sizes and spreads: Student's with 4 degrees of freedom, whose p has a closed form.
+    assert results.welch([1, 2, 3], [3, 4, 5]) == pytest.approx(1 - 1.2 * math.sqrt(0.6))
+    # Others: t = -2.31201 with 10.736 degrees of freedom; Student's would be 0.0458.
+    a, b = [27.5, 21.0, 19.0, 23.6, 17.0, 17.9], [27.1, 22.0, 20.8, 23.4, 33.4, 35.0, 28.0]
+    assert results.welch(a, b) == pytest.approx(0.0416931, rel=1e-5)
+    assert results.welch([1, 2], [3, 4, 5]) is None and results.welch([], []) is None
+    assert results.welch([1, 1, 1], [1, 1, 1]) is None
+    with pytest.raises(ValueError, match="not finite"):
+        results.welch([1, 2, math.nan], [1, 2, 3])
+
+
+def test_columns_of_times_are_the_same_everywhere():
+    from src.callbacks import progress, tensorboard
+
+    assert results.TIMES | {"epoch", "lr"} == set(progress.TIMES) == set(tensorboard.NOT_METRICS)
+
+
 def test_models_of_two_runs_stand_side_by_side(runs):
     gin.clear_config()
     gin.parse_config("SimpleCNN.n_dense = 5")
@@ -190,6 +335,7 @@ def test_reading_runs_needs_no_torch(runs):
         "assert results.load_config(run)['SGD.lr'] == '0.05'\n"
         "assert results.load_history(run)[1]['epoch'] == 2\n"
         "assert results.overview(run)['status'] == 'finished'\n"
+        "assert results.collect('runs').status.tolist() == ['finished', 'finished']\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,6 +1,15 @@
-"""Settings that make a step faster or other: what they compute, and that a run with them goes on exactly."""
+"""Settings that make a step faster or other: what they compute, and that a run with them goes on exactly.
+
+And what keeps a person or the device waiting: the start of a command, data that are read slowly, a look at a value.
+"""
 
 import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import gin
@@ -13,26 +22,76 @@ from src import results
 from src.data.augment import cutout
 from src.run import read_checkpoint
 from src.training_loop import build_optimizer
+from tests.conftest import ROOT
 
-SMALL = """
-training_loop.data = @digits
-digits.padding = 1
-training_loop.model = @SimpleCNN
-SimpleCNN.n_filters = [8, 8]
-SimpleCNN.n_dense = 16
-SimpleCNN.dropout = 0.2
-training_loop.optimizer = @SGD
-SGD.lr = 0.05
-SGD.momentum = 0.9
-training_loop.batch_size = 100
-training_loop.n_epochs = 2
+pytestmark = pytest.mark.usefixtures("small")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+can_compile = torch.cuda.is_available() or shutil.which("g++")  # on the CPU, by the C++ compiler
+
+# Data, or steps, that take 0.1 s a batch: over 1 s an epoch of the small config's.
+SLOW = """
+import time
+
+import gin
+from poutyne import Callback
+from src.data import digits
+
+
+def wait(x, generator):
+    time.sleep(0.1)
+    return x
+
+
+@gin.register
+def slow_digits():
+    data = digits()
+    data.train.augment = (wait,)
+    return data
+
+
+@gin.register
+class SlowSteps(Callback):
+    stateless = True
+
+    def on_backward_end(self, batch_number):
+        time.sleep(0.1)
+"""
+# From the third step on, a wait for the GPU is an error, but where the epoch's losses are read, after its last step.
+NO_WAITS = """
+import gin
+import torch
+from poutyne import Callback
+
+
+@gin.register
+class NoWaits(Callback):
+    stateless = True
+
+    def __init__(self, last: int, waits: bool = False) -> None:
+        super().__init__()
+        self.last, self.waits = last, waits
+
+    def on_train_batch_begin(self, batch_number, logs):
+        torch.cuda.set_sync_debug_mode("error" if 3 <= batch_number < self.last else "default")
+
+    def on_backward_end(self, batch_number):
+        if self.waits:
+            torch.ones(1, device="cuda").item()
 """
 
 
-@pytest.fixture(autouse=True)
-def small(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("small.gin").write_text(SMALL)
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a module that gin files of the current folder can import."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def write(name: str, text: str) -> str:
+        Path(f"{name}.py").write_text(text)
+        Path(f"{name}.gin").write_text(f"import {name}\n")
+        return f"{name}.gin"
+
+    return write
 
 
 def weights(run: str, file: str = "checkpoint.pt") -> dict[str, torch.Tensor]:
@@ -112,3 +171,89 @@ def test_cutout_sets_a_square_to_zero():
     assert areas.max() == 16 and areas.min() >= 4  # a part of it may lie outside
     assert (cut.mean(0)[0] < 1).all()  # every pixel is hit now and then
     assert torch.equal(cut, cutout(4)(x, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize(
+    "bindings, n_lines",
+    [("", 0), ("training_loop.data=@slow_digits", 1), ("training_loop.callbacks=[@SlowSteps]", 0)],
+    ids=["ordinary", "slow data", "slow steps"],
+)
+def test_data_that_are_waited_for_are_spoken_of_once(main, capfd, module, bindings, n_lines):
+    assert main("train", "a", "small.gin", module("slow", SLOW), "-b", bindings) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if "waits for data" in line]
+    assert len(lines) == n_lines
+    rows = results.load_history("a")
+    assert not bindings or all(row["time"] > 1 for row in rows)
+    if lines:
+        assert all(row["data_wait"] > 0.2 for row in rows)
+        assert lines[0].startswith(f"{rows[0]['data_wait']:.0%} of the training time waits for data: raise ")
+
+
+@pytest.mark.slow
+def test_answers_and_refusals_come_soon():
+    """Half as long again as they should take is let pass, for a machine that is busy."""
+    train = [sys.executable, str(ROOT / "bin/train.py")]
+    commands = {
+        "import torch": ([sys.executable, "-c", "import torch"], 0),
+        "--help": ([*train, "--help"], 0),
+        "no such config": ([*train, "run", "no.gin"], 2),
+        "a wrong name": ([*train, "run", "small.gin", "-b", "SGD.rl=1"], 2),
+    }
+    times = {name: [] for name in commands}
+    for _ in range(3):
+        for name, (command, code) in commands.items():
+            began = time.perf_counter()
+            done = subprocess.run(command, capture_output=True, text=True)
+            times[name].append(time.perf_counter() - began)
+            assert done.returncode == code, done.stderr
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    print(seconds)
+    assert seconds["--help"] <= 1.5 * 0.3
+    assert seconds["no such config"] <= 1.5 * 0.5
+    assert seconds["a wrong name"] <= 1.5 * (seconds["import torch"] + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile, reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_network_learns_the_same(train, tmp_path, precision):
+    # Compiled dropout draws other numbers.
+    mlp = "training_loop.model=@MLP;MLP.n_hidden=(32,);MLP.dropout=0.0;training_loop.n_epochs=8"
+    mlp += f";training_loop.precision='{precision}'"
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    for run, compiled in (("plain", False), ("compiled", True)):
+        done = train(run, "small.gin", "-b", f"{mlp};training_loop.compile={compiled}", env=environment)
+        assert done.returncode == 0, done.stderr
+        assert any(Path("cache").rglob("*.py")) == compiled
+    plain, compiled = (results.load_history(run) for run in ("plain", "compiled"))
+    assert plain[-1]["loss"] < 0.5 * plain[0]["loss"]
+    for column in ("loss", "val_loss"):
+        expected = [row[column] for row in plain]
+        assert [row[column] for row in compiled] == pytest.approx(expected, rel=1e-3 if precision == "fp32" else 1e-2)
+    assert weights("compiled").keys() == weights("plain").keys()
+
+
+@pytest.mark.slow
+@needs_gpu
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "",
+        "training_loop.precision='bf16'",
+        "training_loop.clip_norm=1.0;training_loop.accumulate=2;training_loop.ema_decay=0.9",
+        "training_loop.compile=True",
+    ],
+)
+def test_the_gpu_is_not_waited_for_inside_an_epoch(train, module, settings):
+    watched = "training_loop.device='cuda';training_loop.callbacks=[@NoWaits];training_loop.log_every=1000"
+    batches = "training_loop.batch_size=10;NoWaits.last=108"  # of 1,079 images
+    done = train("a", "small.gin", module("no_waits", NO_WAITS), "-b", f"{watched};{batches};{settings}")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@needs_gpu
+def test_a_wait_for_the_gpu_would_be_noticed(train, module):
+    watched = "training_loop.device='cuda';training_loop.callbacks=[@NoWaits];NoWaits.last=11;NoWaits.waits=True"
+    done = train("a", "small.gin", module("no_waits", NO_WAITS), "-b", watched)
+    assert done.returncode == 1 and "synchronizing CUDA operation" in done.stderr

@@ -15,29 +15,7 @@ import pytest
 from benchmarks.kill import run_difference
 from src import results
 from src.run import read_checkpoint, read_meta
-from tests.conftest import RUN_FILES
-
-SMALL = """
-training_loop.data = @digits
-training_loop.model = @SimpleCNN
-SimpleCNN.n_filters = [8, 8]
-SimpleCNN.n_dense = 16
-SimpleCNN.dropout = 0.2
-digits.padding = 1
-training_loop.optimizer = @SGD
-SGD.lr = 0.05
-SGD.momentum = 0.9
-training_loop.batch_size = 100
-training_loop.n_epochs = 2
-"""
-
-
-@pytest.fixture
-def small(tmp_path, monkeypatch):
-    """A small config, small.gin, in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    Path("small.gin").write_text(SMALL)
-    return "small.gin"
+from tests.conftest import RUN_FILES, SMALL
 
 
 def assert_same_run(a, b):

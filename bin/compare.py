@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""Says what two runs do not have in common: settings, data, code, versions, machine, and where their histories part.
+
+    bin/compare.py results/a results/b
+    bin/compare.py results/a results/b --json
+
+"not counted" are the host and settings that change no result (n_workers, say). Of several starts the last counts.
+
+Exit codes: 0 nothing that counts differs; 1 something differs; 2 refused.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from src import results
+from src.config import Refused
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_a", type=Path, help="a run's folder")
+    parser.add_argument("run_b", type=Path, help="another's")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    arguments = parser.parse_args(argv[1:])
+    try:
+        found = compare(arguments.run_a, arguments.run_b)
+    except (Refused, OSError, KeyError, TypeError, IndexError) as error:
+        said = str(error) if isinstance(error, Refused | OSError) else f"a meta.json is not a run's: {error!r}"
+        print(f"compare.py: {said}", file=sys.stderr)
+        return 2
+    counts = any(lines for section, lines in found.items() if section != "not counted")
+    if arguments.json:
+        print(results.to_json(found))
+    else:
+        for section, lines in found.items():
+            for line in lines:
+                print(f"{section:<12} {line}")
+        if not counts:
+            print("nothing that counts differs")
+    return int(counts)
+
+
+def compare(a: Path, b: Path) -> dict[str, list[str]]:
+    """What differs, as lines `name: in a -> in b`, by sections."""
+    from src.reproduce import differing_surroundings
+    from src.run import FREE, read_meta
+
+    for run in (a, b):
+        seen = results.overview(run)
+        if seen["status"] == "unreadable":
+            raise Refused(f"{run}: {seen['problem']}")
+    meta_a, meta_b = read_meta(a), read_meta(b)
+    settings = changes(results.load_config(a), results.load_config(b))
+    packages = changes(installed(a), installed(b))
+    surroundings = differing_surroundings(a, b)
+    first = results.first_difference(a, b)
+    hosts = changes(*({"host": meta["starts"][-1]["host"]} for meta in (meta_a, meta_b)))
+    return {
+        "settings": [line for name, line in settings.items() if name not in FREE],
+        "data": list(changes(meta_a["data"], meta_b["data"]).values()),
+        "code": changed_code(a / meta_a["code"], b / meta_b["code"]),
+        "versions": list(packages.values()),
+        "machine": [line for line in surroundings if line.partition(":")[0] not in packages],
+        "history": [first] if first else [],
+        "not counted": [*hosts.values(), *(line for name, line in settings.items() if name in FREE)],
+    }
+
+
+def changed_code(a: Path, b: Path) -> list[str]:
+    from src.record import changed_files, read_archive
+
+    try:
+        return changed_files(read_archive(b), a)
+    except Refused as refusal:
+        return [f"not known which, {refusal}"]
+
+
+def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, str]:
+    keys = dict.fromkeys([*a, *b])
+    return {k: f"{k}: {a.get(k, '(not set)')} -> {b.get(k, '(not set)')}" for k in keys if a.get(k) != b.get(k)}
+
+
+def installed(run: Path) -> dict[str, str]:
+    lines = (run / "environment.txt").read_text(encoding="utf-8").splitlines()
+    return {name: version for name, equals, version in (line.partition("==") for line in lines) if equals}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
