@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""Tunes the learning rate of the small CNN: which rate is best, over seeds, and is it better than the next?
+
+    experiments/tune_lr/main.py prepare --size small     # writes configs and batch.sh
+    experiments/tune_lr/main.py run --size small         # Ctrl-C pauses; the same command goes on
+    experiments/tune_lr/main.py status --size small
+    experiments/tune_lr/main.py report --size small      # table, plots and report.html
+
+small: digits, offline, 2 minutes on 2 cores. large: CIFAR-10. To start another experiment, copy this folder and
+change base.gin and what stands below the imports.
+
+Exit codes: 0 done; 1 a job failed; 2 refused; 128 + signal paused on request.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+from src import grid, jobs
+from src.config import Refused
+from src.results import load_config, load_history
+
+AXIS, LABEL = "SGD.lr", "learning rate"
+SIZES: dict[str, dict[str, Sequence[Any]]] = {
+    "small": {
+        "training_loop.data": ["@digits"],
+        "training_loop.n_epochs": [10],
+        "training_loop.batch_size": [64],
+        AXIS: [0.001, 0.03, 1.0],
+        "training_loop.seed": [0, 1, 2],
+    },
+    "large": {
+        "training_loop.data": ["@cifar10"],
+        "training_loop.n_epochs": [30],
+        AXIS: [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
+        "training_loop.seed": [0, 1, 2, 3, 4],
+    },
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--size", choices=SIZES, default="small")
+    results = Path(os.environ.get("RESULTS_DIR", ROOT / "results")) / HERE.name
+    common.add_argument(
+        "--folder", type=Path, help="default: $RESULTS_DIR or results, and in it this folder's name, SIZE"
+    )
+    commands.add_parser("prepare", parents=[common], help="write configs and batch.sh")
+    run = commands.add_parser("run", parents=[common], help="run what is not finished")
+    run.add_argument("--workers", type=int, help="jobs at a time")
+    run.add_argument("--gpus", type=lambda text: text.split(","), help="such as 0,1: one job a GPU")
+    run.add_argument("--retry", type=int, default=0, help="times that a failed job is run again")
+    run.add_argument("--frozen", action="store_true", help="with the code as it was at prepare")
+    status = commands.add_parser("status", parents=[common], help="a table of the jobs")
+    status.add_argument("--every", type=float, help="seconds between refreshes, until all are done")
+    report = commands.add_parser("report", parents=[common], help="table, plots and verdict")
+    report.add_argument("--json", action="store_true", help="print it as JSON")
+    arguments = parser.parse_args(argv[1:])
+    folder = (arguments.folder or results / arguments.size).absolute()
+    os.chdir(ROOT)  # where the lines of batch.sh are to be run
+    folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+    try:
+        if arguments.command == "prepare":
+            batch = grid.prepare(folder, (HERE / "base.gin").read_text(encoding="utf-8"), SIZES[arguments.size])
+            print(f"{batch}: {len(jobs.read_batch(batch))} jobs")
+        elif not (folder / "batch.sh").exists():
+            raise Refused(f"{folder}: has no batch.sh: write it with main.py prepare")
+        elif arguments.command == "run":
+            return jobs.launch(
+                folder / "batch.sh",
+                workers=arguments.workers,
+                gpus=arguments.gpus,
+                retry=arguments.retry,
+                frozen=arguments.frozen,
+            )
+        elif arguments.command == "status":
+            show_status(folder / "batch.sh", arguments.every)
+        else:
+            import report as reporting  # pandas and matplotlib take a second
+
+            reporting.report(folder, AXIS, LABEL, as_json=arguments.json)
+    except Refused as refusal:
+        print(f"main.py: {refusal.message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def show_status(batch: Path, every: float | None) -> None:
+    """Prints the table of jobs, again and again if `every` is given, until all are finished."""
+    while True:
+        states = [(job, jobs.state(job)) for job in jobs.read_batch(batch)]
+        rows = [f"{state:9} {progress(job.run) if job.run else '':38} {job}" for job, state in states]
+        clear = "\x1b[H\x1b[2J" if every and sys.stdout.isatty() else ""
+        print(clear + "\n".join(rows), flush=True)
+        if not every or all(state == "finished" for _, state in states):
+            return
+        time.sleep(every)
+
+
+def progress(run: Path) -> str:
+    """Epochs, images a second and, by the last epoch's time, what is left of a run."""
+    try:
+        history, n_epochs = load_history(run), int(load_config(run)["training_loop.n_epochs"])
+    except Refused:  # not begun, or damaged: the state says which
+        return ""
+    if not history:
+        return f"epoch 0/{n_epochs}"
+    left = (n_epochs - len(history)) * history[-1]["time"]
+    return f"epoch {len(history)}/{n_epochs}  {history[-1]['images_per_s']:,.0f} images/s  {left:.0f} s left"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,68 @@
+"""A grid of settings as jobs: a config and a line of batch.sh for each combination."""
+
+import itertools
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from src.config import Refused
+from src.record import code_archive, code_files
+from src.run import write
+
+
+def prepare(folder: Path, base: str, grid: Mapping[str, Sequence[Any]]) -> Path:
+    """Writes configs/, batch.sh, grid.json and code.tar.gz into `folder`, and returns batch.sh.
+
+    The same arguments give the same bytes (of the code, if it is the same, too).
+
+    Args:
+        folder: made if it is not there; the runs will lie in folder/runs.
+        base: gin text that all jobs share, without includes: a job's config does not change with other files.
+        grid: setting -> its values, such as {"SGD.lr": [0.1, 1.0]}; a reference or macro is a str such as "@digits".
+
+    Raises Refused, with nothing written, for runs whose config would be another one than theirs.
+    """
+    configs = {}
+    for values in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, values, strict=True))
+        text = base + "\n" + "".join(f"{name} = {_as_gin(value)}\n" for name, value in chosen.items())
+        several = {name: value for name, value in chosen.items() if len(grid[name]) > 1}
+        configs[",".join(f"{name.rpartition('.')[2]}={str(value).lstrip('@')}" for name, value in several.items())] = (
+            text
+        )
+    other = [
+        str(folder / "runs" / name)
+        for name, text in configs.items()
+        if (folder / "runs" / name).exists() and _text(folder / "configs" / f"{name}.gin") != text
+    ]
+    if other:
+        raise Refused(
+            "runs that were made with another config:\n  "
+            + "\n  ".join(other)
+            + "\nremove them, put the settings back, or prepare in another folder with --folder"
+        )
+    (folder / "configs").mkdir(parents=True, exist_ok=True)
+    lines = ["# From the clone's root; one thread each, so that the results do not depend on how many run at a time.\n"]
+    for name, text in configs.items():
+        write(folder / "configs" / f"{name}.gin", text)
+        words = [
+            str(folder / "runs" / name),
+            str(folder / "configs" / f"{name}.gin"),
+            "-b",
+            "training_loop.reload=True",
+        ]
+        lines.append(f"OMP_NUM_THREADS=1 bin/train.py {shlex.join(words)}\n")
+    write(folder / "grid.json", json.dumps(grid, indent=2) + "\n")
+    write(folder / "code.tar.gz", code_archive(code_files()))
+    write(folder / "batch.sh", "".join(lines))
+    return folder / "batch.sh"
+
+
+def _as_gin(value: Any) -> str:
+    return value if isinstance(value, str) and value[:1] in "@%" else repr(value)
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
