@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What grows, and what must not: cost an image with the data, memory with the epochs, bin/runs.py with the runs.
 
-    benchmarks/growth.py                     # about 6 minutes on 2 cores, 2 GB of memory
+    benchmarks/growth.py                     # about 8 minutes on 2 cores, 2 GB of memory
     benchmarks/growth.py --only runs         # or images, epochs
 
 images: microseconds an image of bin/train.py, from the second epoch on, a small network on 10,000 to 200,000 images of
@@ -51,7 +51,6 @@ def images(folder: Path, trials: int) -> None:
     costs: dict[int, list[float]] = {size: [] for size in SIZES}
     for trial in range(trials):
         for size in SIZES:
-            # As many steps for each: what a slow second costs is spread alike.
             n_epochs = 1 + max(2, 50_000 // size)
             run = folder / f"images{size}.{trial}"
             history = train(run, f"synthetic.n_train={size}; training_loop.n_epochs={n_epochs}")

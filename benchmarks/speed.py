@@ -6,7 +6,7 @@
 
 Epoch: the small CNN on 12,800 images of CIFAR-10's shape, crop, flip and validation; one process a trial, from the
 second epoch on; bin/train.py with records, TensorBoard, commits and heartbeat on. Poutyne and Lightning as
-their documentation shows them: a DataLoader of PIL transforms, here with as many workers as is faster, 0 or 2.
+their documentation shows them: a DataLoader of PIL transforms, here with 0 or 2 workers, whichever loads faster.
 Step: one thread, an MLP of 0.5 ms a step, and one of 5 ms; loops that keep nothing, that keep loss and
 accuracy, Poutyne, this project. Trials are interleaved; medians, the spread as (max - min) / median,
 and the median of the ratios within a round, which a machine's slower minutes leave alone.

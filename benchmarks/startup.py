@@ -4,7 +4,7 @@
     benchmarks/startup.py --trials 7
 
 Each trial is a process; trials of all rows are interleaved; medians, and the spread (max - min) / median. By hand:
-a script that imports torch, reads the digits, builds the same network and optimizer, and makes a step.
+a script that imports torch, reads the digits, builds a small network and an optimizer, and makes a step.
 """
 
 import argparse
@@ -33,6 +33,7 @@ network = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Flatten(),
 optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
 nn.functional.cross_entropy(network(x[:128]), y[:128]).backward()
 optimizer.step()
+os._exit(0)
 """
 # Ends the process at the first step, as the by-hand script does.
 FIRST_STEP = """
@@ -71,8 +72,11 @@ def main() -> int:
                 command = [part or f"run{trial}" for part in command]
                 began = time.perf_counter()
                 environment = os.environ | {"PYTHONPATH": folder}
-                subprocess.run(command, cwd=folder, env=environment, capture_output=True)
+                done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
                 times[name].append(time.perf_counter() - began)
+                assert done.returncode == (2 if name.startswith(("no such", "a wrong")) else 0), (
+                    f"{name}: {done.stderr}"
+                )
     from importlib.metadata import version
 
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {version('torch')}")

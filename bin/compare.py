@@ -29,8 +29,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv[1:])
     try:
         found = compare(arguments.run_a, arguments.run_b)
-    except (Refused, OSError, KeyError, TypeError, IndexError) as error:
-        said = str(error) if isinstance(error, Refused | OSError) else f"a meta.json is not a run's: {error!r}"
+    except (Refused, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        said = str(error) if isinstance(error, Refused | OSError) else f"a file is not as in a run's folder: {error!r}"
         print(f"compare.py: {said}", file=sys.stderr)
         return 2
     counts = any(lines for section, lines in found.items() if section != "not counted")

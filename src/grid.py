@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,9 +30,11 @@ def prepare(folder: Path, base: str, grid: Mapping[str, Sequence[Any]]) -> Path:
         chosen = dict(zip(grid, values, strict=True))
         text = base + "\n" + "".join(f"{name} = {_as_gin(value)}\n" for name, value in chosen.items())
         several = {name: value for name, value in chosen.items() if len(grid[name]) > 1}
-        configs[",".join(f"{name.rpartition('.')[2]}={str(value).lstrip('@')}" for name, value in several.items())] = (
-            text
-        )
+        parts = (f"{name.rpartition('.')[2]}={str(value).lstrip('@')}" for name, value in several.items())
+        name = re.sub(r"[^\w.,=+-]+", "_", ",".join(parts)) or "run"  # no characters that a shell takes for a pattern
+        if name in configs:
+            raise Refused(f"two places of the grid give one run, {name}: let their values differ")
+        configs[name] = text
     other = [
         str(folder / "runs" / name)
         for name, text in configs.items()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from src.config import ROOT, Refused
-from src.record import read_archive
+from src.reproduce import unpack
 from src.results import status
 from src.stop import SIGNALS
 
@@ -171,17 +171,14 @@ def _unpack(archive: Path) -> Path:
     """The folder code/HASH beside the archive, with its files; made whole or not at all."""
     if not archive.exists():
         raise Refused(f"{archive}: is missing: --frozen runs the code in it, as prepare keeps it")
-    files = read_archive(archive)
     folder = archive.parent / "code" / hashlib.sha256(archive.read_bytes()).hexdigest()[:16]
     if folder.exists():
         return folder
     folder.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
-        for name, content in files.items():
-            path = Path(temporary, "code", name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-            path.chmod(0o755 if content.startswith(b"#!") else 0o644)
+        unpack(archive, Path(temporary).resolve() / "code")
+        for script in Path(temporary, "code/bin").iterdir():
+            script.chmod(0o755)
         with suppress(OSError):  # another launcher was faster
             Path(temporary, "code").rename(folder)
     return folder

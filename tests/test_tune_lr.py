@@ -116,6 +116,27 @@ def test_missing_failed_and_diverged_runs_are_listed(made):
     assert "missing: not started yet" in page and "failed" in page and "diverged" in page
 
 
+def test_settings_that_all_finished_runs_share_count(made):
+    """The first rate alone is finished, or has a seed of its own; one run has lost its test."""
+    for path in [*made.glob("runs/lr=0.03*"), *made.glob("runs/lr=1.0*")]:
+        shutil.rmtree(path)
+    (made / "runs/lr=0.001,seed=2/eval_results.json").unlink()
+    found = json.loads(tune(made, "report", "--json").stdout)
+    assert found["best"] == 0.001 and [row["n"] for row in found["table"]] == [2, 0, 0]
+    assert "missing or not finite" in found["left_out"][str(made / "runs/lr=0.001,seed=2")]
+    page = (made / "report/report.html").read_text()
+    assert "<td>1</td>" in page and "1.0</td>" not in page  # a seed
+
+
+def test_values_that_are_lists_give_runs_of_their_own(tmp_path):
+    from src.grid import prepare
+    from src.jobs import read_batch
+
+    batch = prepare(tmp_path / "a", "", {"SimpleCNN.n_filters": [[32], [32, 64]]})
+    assert [job.run.name for job in read_batch(batch)] == ["n_filters=_32_", "n_filters=_32,_64_"]
+    assert read_batch(prepare(tmp_path / "b", "", {"SGD.lr": [0.1]}))[0].run == tmp_path / "b/runs/run"
+
+
 def test_the_best_rate_at_the_edge_is_flagged(made):
     for seed in range(3):
         with_last_val_acc(made / f"runs/lr=1.0,seed={seed}", 99 + seed / 10)

@@ -6,7 +6,7 @@
     experiments/tune_lr/main.py status --size small
     experiments/tune_lr/main.py report --size small      # table, plots and report.html
 
-small: digits, offline, 2 minutes on 2 cores. large: CIFAR-10. To start another experiment, copy this folder and
+small: digits, offline, a minute on 2 cores. large: CIFAR-10. To start another experiment, copy this folder and
 change base.gin and what stands below the imports.
 
 Exit codes: 0 done; 1 a job failed; 2 refused; 128 + signal paused on request.
@@ -104,7 +104,10 @@ def show_status(batch: Path, every: float | None) -> None:
         print(clear + "\n".join(rows), flush=True)
         if not every or all(state == "finished" for _, state in states):
             return
-        time.sleep(every)
+        try:
+            time.sleep(every)
+        except KeyboardInterrupt:
+            return
 
 
 def progress(run: Path) -> str:

@@ -1,5 +1,6 @@
 """Table, verdict and report.html of the experiment, from what the run folders say."""
 
+import ast
 import base64
 import html
 import json
@@ -13,7 +14,7 @@ import pandas as pd
 import plots
 
 from src import jobs
-from src.results import collect, load_history, mean_interval, to_json, welch
+from src.results import collect, load_config, load_history, mean_interval, to_json, welch
 
 METRIC = "acc"  # in %; val_acc chooses, test_acc is told for the chosen setting alone
 STYLE = """
@@ -73,8 +74,12 @@ def find(folder: Path, planned: list[Path], axis: str, label: str, grid: list[An
             left_out[run] = "missing: not started yet"
         elif row["status"] != "finished" or row["problem"]:
             left_out[run] = f"{row['status']}" + (f": {row['problem']}" if row["problem"] else "")
+        elif not all(math.isfinite(row.get(column, math.nan)) for column in (f"best_val_{METRIC}", f"test_{METRIC}")):
+            left_out[run] = f"{row['status']}: val_{METRIC} or the test's {METRIC} is missing or not finite"
         else:
-            counted.append(row)
+            config = load_config(run)  # collect leaves out what is the same in all runs
+            own = {name: ast.literal_eval(config[name]) for name in (axis, "training_loop.seed")}
+            counted.append(row | own | {"best_epoch": int(row["best_epoch"])})
     columns = ["run", axis, "training_loop.seed", "best_epoch", f"best_val_{METRIC}", f"test_{METRIC}"]
     runs = pd.DataFrame(counted, columns=columns).sort_values([axis, "training_loop.seed"], ignore_index=True)
     records = []

@@ -84,7 +84,8 @@ class TensorSplit:
                 for function in self.augment:
                     x = function(x, generator)
             # A copy, which may be changed in place. x * scale + shift is far slower for uint8.
-            x = x.to(torch.float32, copy=order is None, memory_format=self.memory_format)
+            is_copy = order is not None and not self.augment  # an augmentation may give a view
+            x = x.to(torch.float32, copy=not is_copy, memory_format=self.memory_format)
             yield (x.mul_(self.scale).add_(self.shift) if self.is_scaled else x), y
 
     def _gather(self, batch_size: int, order: Tensor | None, start: int) -> Iterator[tuple[Tensor, Tensor]]:
