@@ -174,11 +174,11 @@ def _unpack(archive: Path) -> Path:
     folder = archive.parent / "code" / hashlib.sha256(archive.read_bytes()).hexdigest()[:16]
     if folder.exists():
         return folder
-    folder.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=".", dir=archive.parent) as temporary:
         unpack(archive, Path(temporary).resolve() / "code")
         for script in Path(temporary, "code/bin").iterdir():
             script.chmod(0o755)
+        folder.parent.mkdir(exist_ok=True)
         with suppress(OSError):  # another launcher was faster
             Path(temporary, "code").rename(folder)
     return folder
