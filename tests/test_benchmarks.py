@@ -24,6 +24,7 @@ def test_an_epoch_costs_what_a_bare_loop_costs(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("main")  # which puts back the signal handlers that a run in this process leaves
 def test_a_step_costs_what_a_bare_loop_costs(tmp_path):
     loops = step_loops(128, 128, 1000, tmp_path)
     assert _median_ratio(lambda name: loops[name](), KEEPS, rounds=7, limit=1.20) <= 1.20

@@ -167,7 +167,7 @@ def test_paused_and_gone_on_with_the_report_is_the_same_byte_for_byte(tmp_path):
         ('AXIS, LABEL = "SGD.lr", "learning rate"', 'AXIS, LABEL = "training_loop.batch_size", "batch size"'),
         ("        AXIS: [0.001, 0.03, 1.0],\n", "        AXIS: [32, 128],\n"),
         ('        "training_loop.batch_size": [64],\n', ""),
-        ('"training_loop.n_epochs": [10]', '"training_loop.n_epochs": [2]'),
+        ('"training_loop.n_epochs": [10]', '"training_loop.n_epochs": [20]'),
         ('"training_loop.seed": [0, 1, 2]', '"training_loop.seed": [0, 1]'),
     )
     after = before
@@ -182,9 +182,11 @@ def test_paused_and_gone_on_with_the_report_is_the_same_byte_for_byte(tmp_path):
         tune(tmp_path / name / "sweep", "prepare", script=script)
     tune(tmp_path / "smooth/sweep", "run", "--workers", "2", script=script)
     command = [sys.executable, str(script), "run", "--workers", "2", "--folder", str(tmp_path / "paused/sweep")]
-    for seconds in (4, 6):
+    for n_begun in (1, 3):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        time.sleep(seconds)
+        while len(list((tmp_path / "paused/sweep/runs").glob("*/history.csv"))) < n_begun:
+            assert process.poll() is None
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[0]
         assert process.returncode == 130 and "goes on" in said
