@@ -6,8 +6,7 @@
 
 images: microseconds an image of bin/train.py, from the second epoch on, a small network on 10,000 to 200,000 images of
 CIFAR-10's shape; sizes interleaved, medians, and the median of the ratios to the smallest in a round. epochs: the
-process's peak
-memory after 10 and after 100 epochs. runs: seconds of bin/runs.py over copies of one finished run.
+process's peak memory after 10 and after 100 epochs. runs: seconds of bin/runs.py over copies of one finished run.
 """
 
 import argparse
@@ -23,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.speed import ratio
 from src.config import ROOT
 from src.results import load_history
 
@@ -59,8 +59,8 @@ def images(folder: Path, trials: int) -> None:
     print(f"\ntraining, {trials} trials\n{'images':>10}{'us an image':>14}{'spread':>9}{'ratio':>8}")
     for size, values in costs.items():
         median = statistics.median(values)
-        ratio = statistics.median(a / b for a, b in zip(values, costs[SIZES[0]], strict=True))
-        print(f"{size:10,}{median:14.2f}{(max(values) - min(values)) / median:9.0%}{ratio:8.3f}")
+        spread = (max(values) - min(values)) / median
+        print(f"{size:10,}{median:14.2f}{spread:9.0%}{ratio(values, costs[SIZES[0]]):8.3f}")
 
 
 def epochs(folder: Path) -> None:

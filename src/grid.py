@@ -49,14 +49,10 @@ def prepare(folder: Path, base: str, grid: Mapping[str, Sequence[Any]]) -> Path:
     (folder / "configs").mkdir(parents=True, exist_ok=True)
     lines = ["# From the clone's root; one thread each, so that the results do not depend on how many run at a time.\n"]
     for name, text in configs.items():
-        write(folder / "configs" / f"{name}.gin", text)
-        words = [
-            str(folder / "runs" / name),
-            str(folder / "configs" / f"{name}.gin"),
-            "-b",
-            "training_loop.reload=True",
-        ]
-        lines.append(f"OMP_NUM_THREADS=1 bin/train.py {shlex.join(words)}\n")
+        run, config = folder / "runs" / name, folder / "configs" / f"{name}.gin"
+        write(config, text)
+        words = shlex.join([str(run), str(config), "-b", "training_loop.reload=True"])
+        lines.append(f"OMP_NUM_THREADS=1 bin/train.py {words}\n")
     write(folder / "grid.json", json.dumps(grid, indent=2) + "\n")
     write(folder / "code.tar.gz", code_archive(code_files()))
     write(folder / "batch.sh", "".join(lines))
