@@ -7,7 +7,7 @@
 Epoch: the small CNN on 12,800 images of CIFAR-10's shape, crop, flip and validation; one process a trial, from the
 second epoch on; bin/train.py with records, TensorBoard, commits and heartbeat on. Poutyne and Lightning as
 their documentation shows them: a DataLoader of PIL transforms, here with 0 or 2 workers, whichever loads faster.
-Step: one thread, an MLP of 0.5 ms a step, and one of 5 ms; loops that keep nothing, that keep loss and
+Step: one thread, MLPs with the batch size that makes a bare step take 0.5 and 5 ms; loops that keep nothing, that keep loss and
 accuracy, Poutyne, this project. Trials are interleaved; medians, the spread as (max - min) / median,
 and the median of the ratios within a round, which a machine's slower minutes leave alone.
 Peers come by: pip install '.[peers]'.
@@ -159,6 +159,13 @@ def step_loops(width: int, batch: int, n_steps: int, folder: Path) -> dict[str, 
     return {"bare": lambda: bare(False), KEEPS: lambda: bare(True), "this": this, "poutyne": usual_poutyne}
 
 
+def batch_of(seconds: float, width: int, folder: Path) -> int:
+    """The batch size with which a bare step takes so long on this machine."""
+    sizes = (64, 256)
+    small, large = (statistics.median(step_loops(width, n, 100, folder)["bare"]() for _ in range(5)) for n in sizes)
+    return round(sizes[0] + (seconds - small) / (large - small) * (sizes[1] - sizes[0]))
+
+
 def ratio(values: list[float], base: list[float]) -> float:
     """Median of the ratios to the base's trial beside it."""
     return statistics.median(value / other for value, other in zip(values, base, strict=True))
@@ -200,13 +207,14 @@ def main() -> int:
             report("peak memory of the same processes", "MB", memory, "bare")
         if arguments.only != "epoch":
             torch.set_num_threads(1)
-            for label, width, batch in (("0.5 ms", 128, 128), ("5 ms", 640, 128)):
-                loops = step_loops(width, batch, 2000 if label == "0.5 ms" else 200, folder)
+            for aim, width, n_steps in ((0.5, 128, 2000), (5, 640, 200)):
+                batch = batch_of(1e-3 * aim, width, folder)
+                loops = step_loops(width, batch, n_steps, folder)
                 times = {contender: [] for contender in loops}
                 for _ in range(2 * arguments.trials + 1):
                     for contender, loop in loops.items():
                         times[contender].append(1e6 * loop())
-                report(f"step of {label}, 1 thread, {2 * arguments.trials + 1} trials", "us", times, KEEPS)
+                report(f"step of {aim} ms, batch {batch}, {2 * arguments.trials + 1} trials", "us", times, KEEPS)
     return 0
 
 

@@ -50,7 +50,8 @@ class LossList(nn.Module):
         self.function = function
         self.reset()
 
-    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+    def of(self, output: Tensor, y: Tensor) -> Tensor:
+        """The loss of a batch, which is noted."""
         loss: Tensor = self.function(output, y)
         self.values.append(loss.detach())
         self.sizes.append(len(y))

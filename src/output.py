@@ -11,7 +11,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,7 +167,7 @@ def follow(parent: int, *files_and_offsets: int) -> None:
     clear = CLEAR_LINE  # a progress bar may stand there, but not behind a part of a line
     running = True
     while running and offsets:
-        running = os.getppid() == parent and not select.select([0], [], [], 0)[0]
+        running = os.getppid() == parent and not select.select([0], [], [], 0.02)[0]
         for target, offset in list(offsets.items()):
             try:
                 for block in _blocks(files[target], offset):
@@ -180,7 +179,6 @@ def follow(parent: int, *files_and_offsets: int) -> None:
                         _write(target, block)
             except OSError:  # the terminal is gone, or who read the pipe
                 del offsets[target]
-        time.sleep(0.02 * running)
 
 
 if __name__ == "__main__":

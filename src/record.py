@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import platform
+import re
 import shlex
 import subprocess
 import tarfile
@@ -136,6 +137,12 @@ def copy_configs(files: Sequence[Path], folder: Path) -> None:
 
 def environment() -> str:
     """environment.txt: Python, the system, and each installed package with its version."""
-    packages = {f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions()}
+    packages = set()
+    for distribution in metadata.distributions():
+        # distribution.metadata parses all of it, for half a millisecond a package.
+        text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+        name, version = (re.search(rf"^{key}: (.*)", text, re.M) for key in ("Name", "Version"))
+        if name and version:
+            packages.add(f"{name[1]}=={version[1]}")
     system = f"# Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     return "\n".join([system, *sorted(packages, key=str.lower)]) + "\n"

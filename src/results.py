@@ -390,7 +390,7 @@ def evaluate(
     with torch.inference_mode():
         for x, y in Batches(part, settings["batch_size"], limit=settings["steps_per_epoch"]):
             output = network(x)
-            loss(output, y)
+            loss.of(output, y)
             metrics.update(output, y)
             outputs.append(output.softmax(dim=1))
             labels.append(y)

@@ -524,7 +524,7 @@ class Trainer(poutyne.Model):
             self.optimizer.step()
             if self.averaged is not None:
                 self._average()
-        return loss.detach(), (), None
+        return self.loss.values[-1], (), None
 
     def _compute_loss_and_metrics(self, x: Any, y: Any, **_: Any) -> tuple[Tensor, tuple[()], None]:
         network = self.forward if self.network.training or self.averaged is None else self.averaged
@@ -533,7 +533,7 @@ class Trainer(poutyne.Model):
                 output = network(x).float()
         else:
             output = network(x)
-        loss = self.loss(output, y)
+        loss = self.loss.of(output, y)
         self.metrics.update(output.detach(), y)
         return loss, (), None
 

@@ -96,7 +96,8 @@ class TensorSplit:
             if order is None:
                 yield self.x[rows], self.y[rows]
             else:
-                yield self.x.index_select(0, order[rows]), self.y.index_select(0, order[rows])
+                chosen = order[rows]
+                yield self.x.index_select(0, chosen), self.y.index_select(0, chosen)
 
 
 class Batches:
