@@ -7,8 +7,8 @@
 Epoch: the small CNN on 12,800 images of CIFAR-10's shape, crop, flip and validation; one process a trial, from the
 second epoch on; bin/train.py with records, TensorBoard, commits and heartbeat on. Poutyne and Lightning as
 their documentation shows them: a DataLoader of PIL transforms, here with 0 or 2 workers, whichever loads faster.
-Step: one thread, MLPs with the batch size that makes a bare step take 0.5 and 5 ms; loops that keep nothing, that keep loss and
-accuracy, Poutyne, this project. Trials are interleaved; medians, the spread as (max - min) / median,
+Step: one thread, MLPs with the batch size that makes a bare step take 0.5 and 5 ms; loops that keep nothing,
+that keep loss and accuracy, Poutyne, this project. Trials are interleaved; medians, the spread as (max - min) / median,
 and the median of the ratios within a round, which a machine's slower minutes leave alone.
 Peers come by: pip install '.[peers]'.
 """

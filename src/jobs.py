@@ -1,4 +1,4 @@
-"""Runs a batch, a list of shell jobs, one a line: by local workers or GPUs, again and again until all are finished.
+"""Runs a batch, a list of shell jobs, one a line, on this machine: by workers or GPUs, until all are finished.
 
 What a job needs lies in the folder BATCH.jobs beside the batch, named by the hash of its line: the log, the lock
 and, for a line that is no run of bin/train.py, the mark that it is finished. The lock belongs to the job's
@@ -118,6 +118,8 @@ def launch(
     gpus: Sequence[str] | None = None,
     retry: int = 0,
     frozen: bool = False,
+    only: str | None = None,
+    starter: str = "",
 ) -> int:
     """Runs the jobs of a batch that are not finished, from the current folder, and returns the exit code:
     0 all are finished, 1 some are not, 128 + signal stopped on request.
@@ -128,26 +130,27 @@ def launch(
         gpus: names for CUDA_VISIBLE_DEVICES; one job at a time on each.
         retry: how often a job that failed is run again, after the others.
         frozen: takes the scripts of bin/ from code.tar.gz beside the batch.
+        only: the name of one job, the hash of its line; the others are left alone, and so is this one if it
+            runs elsewhere.
+        starter: what stands before bin/train.py in the lines that are run, such as "torchrun --nproc-per-node 2".
 
     Raises Refused, with nothing created, for an unfit batch or argument.
     """
     batch = Path(batch)
-    jobs = read_batch(batch)
+    jobs = [job for job in read_batch(batch) if only in (None, job.path.name)]
+    if not jobs:
+        raise Refused(f"{batch}: has no job {only} any more: it was changed")
     slots, threads = _slots(len(jobs), workers, gpus)
     if retry < 0:
         raise Refused(f"--retry {retry}: give a number of times, from 0")
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    code = None
-    if frozen:
-        code = _unpack(batch.resolve().with_name("code.tar.gz"))
+    code = frozen_code(batch) if frozen else None
+    if code:
         environment["DATA_DIR"] = environment.get("DATA_DIR") or str(ROOT / "data")
         # The code lies inside of this clone, and is not what this clone's git knows.
         environment["GIT_CEILING_DIRECTORIES"] = str(code.parent)
-    try:
-        jobs[0].path.parent.mkdir(exist_ok=True)
-    except OSError as error:
-        raise Refused(f"{jobs[0].path.parent}: cannot be made: {error.strerror}") from None
-    launcher = _Launcher(jobs, slots, environment, retry, code)
+    make_folder(jobs[0].path.parent)
+    launcher = _Launcher(jobs, slots, environment, retry, code, starter, waits=only is None)
     with _caught(launcher.signals):
         return launcher.run()
 
@@ -167,8 +170,20 @@ def _slots(n_jobs: int, workers: int | None, gpus: Sequence[str] | None) -> tupl
     return list(gpus or [""] * (fixed or min(n_jobs, max(1, cores // threads)))), threads
 
 
-def _unpack(archive: Path) -> Path:
-    """The folder code/HASH beside the archive, with its files; made whole or not at all."""
+def make_folder(folder: Path) -> None:
+    """Makes the folder beside a batch. Raises Refused if it cannot."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise Refused(f"{folder}: cannot be made: {error.strerror}") from None
+
+
+def frozen_code(batch: Path) -> Path:
+    """The folder code/HASH beside the batch, with the files of its code.tar.gz; made whole or not at all.
+
+    Raises Refused without the archive, or with a damaged one.
+    """
+    archive = batch.resolve().with_name("code.tar.gz")
     if not archive.exists():
         raise Refused(f"{archive}: is missing: --frozen runs the code in it, as prepare keeps it")
     folder = archive.parent / "code" / hashlib.sha256(archive.read_bytes()).hexdigest()[:16]
@@ -184,13 +199,17 @@ def _unpack(archive: Path) -> Path:
     return folder
 
 
-def _with_scripts_of(code: Path, line: str) -> str:
-    """The line with the scripts of this clone's bin/ replaced by those of the folder `code`."""
+def _with_scripts(line: str, code: Path | None, starter: str) -> str:
+    """The line with this clone's scripts replaced by those of the folder `code`, and the starter before train.py."""
+    if starter:  # it brings its own Python
+        line = re.sub(r"\S*\bpython[\d.]*\s+(?=\S*train\.py)", "", line)
 
     def replaced(word: re.Match[str]) -> str:
         path = Path("".join(shlex.split(word[0]))).resolve()
-        script = path.parent == ROOT / "bin" and os.path.isfile(path)
-        return shlex.quote(str(code / "bin" / path.name)) if script else word[0]
+        if path.parent != ROOT / "bin" or not os.path.isfile(path):
+            return word[0]
+        script = shlex.quote(str(code / "bin" / path.name)) if code else word[0]
+        return f"{starter} {script}" if starter and path.name == "train.py" else script
 
     return WORD.sub(replaced, line)
 
@@ -241,9 +260,17 @@ class _Launcher:
     """One launch: starts what is waiting whenever a slot is free, looks who has ended, stops all when asked to."""
 
     def __init__(
-        self, jobs: list[Job], slots: list[str], environment: dict[str, str], retry: int, code: Path | None
+        self,
+        jobs: list[Job],
+        slots: list[str],
+        environment: dict[str, str],
+        retry: int,
+        code: Path | None,
+        starter: str,
+        waits: bool,
     ) -> None:
-        self.jobs, self.free, self.environment, self.retry, self.code = jobs, slots, environment, retry, code
+        self.jobs, self.free, self.environment, self.retry = jobs, slots, environment, retry
+        self.code, self.starter, self.waits = code, starter, waits
         self.signals: list[int] = []
         self.told = False  # whether the jobs were asked to stop
         self.running: list[_Started] = []
@@ -253,7 +280,7 @@ class _Launcher:
 
     def run(self) -> int:
         print(f"{len(self.waiting)} of {len(self.jobs)} jobs to do, {len(self.free)} at a time", flush=True)
-        waits = False
+        told = False
         while self.running or self.waiting:
             for started in [s for s in self.running if s.shell.poll() is not None]:
                 self._end(started)
@@ -261,9 +288,12 @@ class _Launcher:
                 self._ask_to_stop()
             else:
                 self._start_what_fits()
-                if self.waiting and not self.running and not waits:
-                    waits = True
-                    print(f"waiting for what runs elsewhere: {len(self.waiting)}", flush=True)
+                if self.waiting and not self.running and not told:
+                    told = True
+                    what = "waiting for what" if self.waits else "leaving alone what"
+                    print(f"{what} runs elsewhere: {len(self.waiting)}", flush=True)
+                    if not self.waits:
+                        self.waiting.clear()
             if self.running or self.waiting:
                 time.sleep(POLL_SECONDS if self.running else OTHERS_SECONDS)
         return self._summary()
@@ -295,7 +325,7 @@ class _Launcher:
         return None
 
     def _start(self, job: Job, slot: str, locks: list[int]) -> None:
-        line = _with_scripts_of(self.code, job.line) if self.code else job.line
+        line = _with_scripts(job.line, self.code, self.starter)
         mark = os.devnull if job.run else job.path.with_suffix(".done")
         with open(job.path.with_suffix(".log"), "ab") as log:
             log_begin = log.tell()

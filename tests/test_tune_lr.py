@@ -85,6 +85,47 @@ def test_the_best_rate_by_valid_with_its_test_metric_alone(made):
     assert len(set(links)) == 9 and all((made / "report" / link).is_dir() for link in links)
 
 
+@pytest.fixture
+def browser():
+    """A headless Chromium. Without the flags it looks for updates in the network."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+                 "disable-background-networking", "disable-component-update", "window-size=900,2000"):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(map(shutil.which, ("chromium", "chromedriver"))), reason="needs chromium, chromium-driver")
+def test_a_browser_shows_table_and_plots_and_follows_the_links(made, browser):
+    shutil.rmtree(made / "runs/lr=1.0,seed=0")
+    tune(made, "report")
+    browser.get((made / "report/report.html").as_uri())
+    assert browser.title == "Which learning rate is best?"
+    rows = [row.text for row in browser.find_elements("css selector", "#summary tr")]
+    assert rows[0] == "learning rate n val_acc (%) standard deviation 95 % interval"
+    assert rows[2] == "0.03 3 98.20 0.20 ± 0.50" and len(rows) == 4
+    best = browser.find_element("css selector", "#summary tr.best")
+    assert best.text == rows[2] and best.value_of_css_property("font-weight") == "600"
+    for image in browser.find_elements("tag name", "img"):
+        assert image.get_property("naturalWidth") == 900 and image.size["width"] == 800, image.get_attribute("alt")
+        assert image.size["height"] == pytest.approx(800 * 3 / 4.5, abs=1)
+    assert "lr=1.0,seed=0: missing" in browser.find_element("id", "left_out").text
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert not browser.get_log("browser")
+    links = {a.get_attribute("href") for a in browser.find_elements("css selector", "#runs a")}
+    assert len(links) == 8
+    for link in links:
+        browser.get(link)
+        assert "history.csv" in browser.find_element("tag name", "body").text
+
+
 def test_the_same_runs_give_the_same_bytes(made, tmp_path):
     tune(made, "report")
     shutil.copytree(made / "report", tmp_path / "first")

@@ -3,6 +3,7 @@
 
     experiments/tune_lr/main.py prepare --size small     # writes configs and batch.sh
     experiments/tune_lr/main.py run --size small         # Ctrl-C pauses; the same command goes on
+    experiments/tune_lr/main.py run --size large --slurm "--partition=gpu --time=8:00:00" --workers 8
     experiments/tune_lr/main.py status --size small
     experiments/tune_lr/main.py report --size small      # table, plots and report.html
 
@@ -24,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from src import grid, jobs
+from src import grid, jobs, slurm
 from src.config import Refused
 from src.results import load_config, load_history
 
@@ -57,15 +58,16 @@ def main(argv: list[str]) -> int:
     )
     commands.add_parser("prepare", parents=[common], help="write configs and batch.sh")
     run = commands.add_parser("run", parents=[common], help="run what is not finished")
-    run.add_argument("--workers", type=int, help="jobs at a time")
+    run.add_argument("--workers", type=int, metavar="N", help="jobs at a time")
     run.add_argument("--gpus", type=lambda text: text.split(","), help="such as 0,1: one job a GPU")
+    run.add_argument("--slurm", metavar="OPTIONS", help="submit, with these options of sbatch")
     run.add_argument("--retry", type=int, default=0, help="times that a failed job is run again")
     run.add_argument("--frozen", action="store_true", help="with the code as it was at prepare")
     status = commands.add_parser("status", parents=[common], help="a table of the jobs")
     status.add_argument("--every", type=float, help="seconds between refreshes, until all are done")
     report = commands.add_parser("report", parents=[common], help="table, plots and verdict")
     report.add_argument("--json", action="store_true", help="print it as JSON")
-    arguments = parser.parse_args(argv[1:])
+    arguments = parser.parse_args(slurm.joined(argv)[1:])
     folder = (arguments.folder or results / arguments.size).absolute()
     os.chdir(ROOT)  # where the lines of batch.sh are to be run
     folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
@@ -76,13 +78,10 @@ def main(argv: list[str]) -> int:
         elif not (folder / "batch.sh").exists():
             raise Refused(f"{folder}: has no batch.sh: write it with main.py prepare")
         elif arguments.command == "run":
-            return jobs.launch(
-                folder / "batch.sh",
-                workers=arguments.workers,
-                gpus=arguments.gpus,
-                retry=arguments.retry,
-                frozen=arguments.frozen,
-            )
+            batch, options = folder / "batch.sh", {"retry": arguments.retry, "frozen": arguments.frozen}
+            if arguments.slurm is not None:
+                return slurm.submit(batch, arguments.slurm, at_a_time=arguments.workers, **options)
+            return jobs.launch(batch, workers=arguments.workers, gpus=arguments.gpus, **options)
         elif arguments.command == "status":
             show_status(folder / "batch.sh", arguments.every)
         else:
@@ -99,7 +98,7 @@ def show_status(batch: Path, every: float | None) -> None:
     """Prints the table of jobs, again and again if `every` is given, until all are finished."""
     while True:
         states = [(job, jobs.state(job)) for job in jobs.read_batch(batch)]
-        rows = [f"{state:9} {progress(job.run) if job.run else '':38} {job}" for job, state in states]
+        rows = [f"{state:9} {progress(job.run, state) if job.run else '':38} {job}" for job, state in states]
         clear = "\x1b[H\x1b[2J" if every and sys.stdout.isatty() else ""
         print(clear + "\n".join(rows), flush=True)
         if not every or all(state == "finished" for _, state in states):
@@ -110,16 +109,19 @@ def show_status(batch: Path, every: float | None) -> None:
             return
 
 
-def progress(run: Path) -> str:
-    """Epochs, images a second and, by the last epoch's time, what is left of a run."""
+def progress(run: Path, state: str) -> str:
+    """Epochs, images a second and, by the last epoch's time, what is left of a run; of a failed one its last words."""
+    if state == "failed":
+        return (run / "stderr.txt").read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
     try:
         history, n_epochs = load_history(run), int(load_config(run)["training_loop.n_epochs"])
     except Refused:  # not begun, or damaged: the state says which
         return ""
     if not history:
         return f"epoch 0/{n_epochs}"
-    left = (n_epochs - len(history)) * history[-1]["time"]
-    return f"epoch {len(history)}/{n_epochs}  {history[-1]['images_per_s']:,.0f} images/s  {left:.0f} s left"
+    done, last = f"epoch {len(history)}/{n_epochs}", history[-1]
+    left = (n_epochs - len(history)) * last["time"]
+    return done if state == "finished" else f"{done}  {last['images_per_s']:,.0f} images/s  {left:.0f} s left"
 
 
 if __name__ == "__main__":

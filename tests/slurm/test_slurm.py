@@ -1,0 +1,174 @@
+"""src/slurm.py on a real Slurm of one node, which tests/slurm/up brings up: arrays, limits, signals, what goes on."""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from src import results
+from src.jobs import read_batch, state
+from tests.conftest import ROOT
+from tests.test_jobs import TINY, batch, end, launch, lines_of, place, start, train_line, wait_for  # noqa: F401  (place: a fixture)
+
+HERE = ROOT / "tests/slurm"
+DAEMONS = all(map(shutil.which, ("munged", "slurmctld", "slurmd", "sbatch"))) and os.getuid() == 0
+needs_slurm = pytest.mark.skipif(not DAEMONS, reason="needs root and munge, slurmctld, slurmd, slurm-client")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One node that says it has 4 cores and 2 GPUs."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm."))
+    folder.chmod(0o755)  # munge wants its socket to be reached by all
+    subprocess.run([HERE / "up", folder, "4", "2"], check=True)
+    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+    yield folder
+    del os.environ["SLURM_CONF"]
+    subprocess.run([HERE / "down", folder], check=True)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def slurm(cluster, place):  # noqa: F811
+    """An empty folder, the current one; what is in the queue after the test is cancelled."""
+    yield place
+    subprocess.run(["scancel", "--user", "root"], check=True)
+    wait_for(lambda: not queue())
+
+
+def ask(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def queue() -> dict[str, str]:
+    """Task -> its state, as squeue names both."""
+    return dict(line.split() for line in ask("squeue", "-h", "-r", "-o", "%i %T").splitlines())
+
+
+def submit(options: str = "", *more: str, **keywords) -> str:
+    return launch("--slurm", options, *more, **keywords)
+
+
+def array_of(printed: str) -> str:
+    found = re.search(r"^array (\d+): ", printed, re.M)
+    assert found, printed
+    return found[1]
+
+
+# --- without Slurm
+
+
+def test_without_sbatch_it_is_refused_and_nothing_created(place):  # noqa: F811
+    batch("echo a")
+    assert "--slurm: there is no sbatch on PATH" in submit("", code=2, environment={"PATH": ""})
+    assert [f.name for f in place.iterdir()] == ["batch.sh"]
+
+
+def test_one_job_is_run_by_its_name_and_left_alone_if_it_runs_elsewhere(place):  # noqa: F811
+    """As a task does."""
+    batch("echo a >> out; sleep 2; echo b >> out", "echo other >> out")
+    name = read_batch("batch.sh")[0].path.name
+    first = start("--only", name)
+    wait_for(lambda: lines_of("out") == ["a"])
+    began = time.monotonic()
+    assert "leaving alone what runs elsewhere: 1" in launch("--only", name, code=1)
+    assert time.monotonic() - began < 1.5
+    assert "1 of 1 jobs are finished" in end(first) and lines_of("out") == ["a", "b"]
+    assert "has no job 0000" in launch("--only", "0000", code=2)
+
+
+# --- arrays
+
+
+@needs_slurm
+def test_what_sbatch_refuses_is_told(slurm):
+    batch("echo a")
+    assert "launch.py: sbatch: " in submit("--partition=none", code=2)
+    assert "unrecognized option '--no-option'" in submit("--no-option", code=2)
+    assert "--workers 0" in submit("", "--workers", "0", code=2)
+    assert not list(Path("batch.sh.jobs").glob("*")) and not queue()
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_each_job_runs_once_with_a_limit_of_jobs_at_a_time_and_more_jobs_than_an_array_takes(slurm):
+    """8 jobs, arrays of at most 6; the node has room for 4."""
+    batch(*(f"echo {k} begins >> out; sleep 1; echo {k} ends >> out" for k in range(8)))
+    printed = submit("", "--workers", "2")
+    assert "8 of 8 jobs to submit, 0 are in the queue" in printed
+    assert re.findall(r"array \d+: (\d) jobs", printed) == ["6", "2"]
+    assert re.search(r"0 of 8 jobs to submit, [78] are in the queue", submit())
+    wait_for(lambda: not queue(), 60)
+    running, most, begun = 0, 0, []
+    for k, what in (line.split() for line in Path("out").read_text().splitlines()):
+        running += 1 if what == "begins" else -1
+        most = max(most, running)
+        begun += [int(k)] if what == "begins" else []
+    assert most == 2 and sorted(begun) == list(range(8))
+    assert "0 of 8 jobs to submit, 0 are in the queue" in submit()
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_a_failing_job_stops_no_other_and_is_submitted_again_alone(slurm):
+    batch("echo a >> out", "echo why >&2; [ -e fixed ]", "[ -e again ] || { touch again; exit 1; }")
+    first = array_of(submit("", "--retry", "1"))
+    wait_for(lambda: not queue(), 60)
+    assert [state(job) for job in read_batch("batch.sh")] == ["finished", "waiting", "finished"]
+    said = Path(f"batch.sh.jobs/slurm.{first}_1.log").read_text()
+    assert "exit code 1" in said and "| why" in said
+    Path("fixed").touch()
+    assert "1 of 3 jobs to submit" in submit()
+    wait_for(lambda: not queue(), 60)
+    assert {state(job) for job in read_batch("batch.sh")} == {"finished"} and lines_of("out") == ["a"]
+
+
+# --- runs
+
+
+def long_run(epochs: int = 8) -> None:
+    """A batch of one run, which takes some seconds; and the same one undisturbed, in calm/."""
+    Path("tiny.gin").write_text(TINY)
+    settings = ("training_loop.batch_size=4", f"training_loop.n_epochs={epochs}")
+    subprocess.run(["bash", "-c", train_line("calm", *settings)], check=True, capture_output=True)
+    batch(train_line("run", *settings))
+
+
+def committed() -> bool:
+    return Path("run/history.csv").exists() and len(results.load_history("run")) >= 2
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_a_run_whose_time_is_up_goes_back_into_the_queue_and_goes_on(slurm):
+    """The signal that Slurm sends ahead of the time limit; the test sends it, since the least limit is a minute."""
+    long_run()
+    array = array_of(submit("--time=5"))
+    wait_for(committed, 60)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", f"{array}_0"], check=True)
+    wait_for(lambda: queue().get(f"{array}_0") == "PENDING", 60)
+    assert results.status(Path("run")) == "stopped"
+    assert re.search(r"0 of 1 jobs to submit, 1 are in the queue", submit())
+    subprocess.run(["scontrol", "update", f"JobId={array}_0", "StartTime=now"], check=True)  # it waits two minutes
+    wait_for(lambda: not queue(), 60)
+    assert results.status(Path("run")) == "finished"
+    assert results.first_difference("run", "calm") is None
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_a_cancelled_run_has_saved_everything_and_is_submitted_again(slurm):
+    long_run()
+    array = array_of(submit("--comment='two words'"))
+    wait_for(committed, 60)
+    subprocess.run(["scancel", array], check=True)
+    wait_for(lambda: not queue(), 60)
+    assert results.status(Path("run")) == "stopped"
+    assert "1 of 1 jobs to submit" in submit()
+    wait_for(lambda: not queue(), 60)
+    assert results.first_difference("run", "calm") is None and results.status(Path("run")) == "finished"
