@@ -29,22 +29,14 @@ from src.config import Refused
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("batch", help="the file of jobs; empty lines and those that begin with # are skipped")
-    parser.add_argument("--workers", type=int, metavar="N", help="jobs at a time; default: what the cores allow")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--gpus", metavar="0,1", help="one job at a time on each of these, by CUDA_VISIBLE_DEVICES")
-    where.add_argument("--slurm", metavar="OPTIONS", help="submit to Slurm, with these options of sbatch")
+    where = slurm.add_options(parser)
     where.add_argument("--only", metavar="NAME", help="run one job, named as in BATCH.jobs, unless it runs elsewhere")
-    parser.add_argument("--retry", type=int, default=0, metavar="N", help="run a failed job again up to N times")
-    parser.add_argument("--frozen", action="store_true", help="run the code as it was at prepare: code.tar.gz")
     arguments = parser.parse_args(slurm.joined(argv)[1:])
-    gpus = None if arguments.gpus is None else arguments.gpus.split(",")
-    batch, options = arguments.batch, {"retry": arguments.retry, "frozen": arguments.frozen}
     try:
-        if arguments.slurm is not None:
-            return slurm.submit(batch, arguments.slurm, at_a_time=arguments.workers, **options)
-        if arguments.only is not None:
-            return jobs.launch(batch, workers=1, only=arguments.only, starter=slurm.torchrun(), **options)
-        return jobs.launch(batch, workers=arguments.workers, gpus=gpus, **options)
+        if arguments.only is None:
+            return slurm.run(arguments.batch, arguments)
+        how = {"retry": arguments.retry, "frozen": arguments.frozen, "starter": slurm.torchrun()}
+        return jobs.launch(arguments.batch, workers=1, only=arguments.only, **how)
     except Refused as refusal:
         print(f"launch.py: {refusal.message}", file=sys.stderr)
         return 2

@@ -4,11 +4,12 @@ import itertools
 import json
 import re
 import shlex
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.config import Refused
+from src.config import Refused, read
 from src.record import code_archive, code_files
 from src.run import write
 
@@ -23,7 +24,8 @@ def prepare(folder: Path, base: str, grid: Mapping[str, Sequence[Any]]) -> Path:
         base: gin text that all jobs share, without includes: a job's config does not change with other files.
         grid: setting -> its values, such as {"SGD.lr": [0.1, 1.0]}; a reference or macro is a str such as "@digits".
 
-    Raises Refused, with nothing written, for runs whose config would be another one than theirs.
+    Raises Refused, with nothing written, for runs whose config would be another one than theirs, and for a config
+    that bin/train.py would refuse by a name or a type.
     """
     configs = {}
     for values in itertools.product(*grid.values()):
@@ -46,6 +48,7 @@ def prepare(folder: Path, base: str, grid: Mapping[str, Sequence[Any]]) -> Path:
             + "\n  ".join(other)
             + "\nremove them, put the settings back, or prepare in another folder with --folder"
         )
+    refuse_wrong_names(next(iter(configs.values())))
     (folder / "configs").mkdir(parents=True, exist_ok=True)
     lines = ["# From the clone's root; one thread each, so that the results do not depend on how many run at a time.\n"]
     for name, text in configs.items():
@@ -57,6 +60,21 @@ def prepare(folder: Path, base: str, grid: Mapping[str, Sequence[Any]]) -> Path:
     write(folder / "code.tar.gz", code_archive(code_files()))
     write(folder / "batch.sh", "".join(lines))
     return folder / "batch.sh"
+
+
+def refuse_wrong_names(config: str) -> None:
+    """Raises Refused as bin/train.py would, by names and types."""
+    from src.training_loop import configure  # takes a second: torch
+
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary, "config.gin")
+        path.write_text(config, encoding="utf-8")
+        try:
+            configure(read([str(path)]))
+        except Refused as refusal:
+            raise Refused(
+                refusal.message.replace(str(path), "the configs, at line ").replace("line :", "line ")
+            ) from None
 
 
 def _as_gin(value: Any) -> str:

@@ -59,7 +59,7 @@ def read_batch(batch: str | Path) -> list[Job]:
     jobs: list[Job] = []
     seen: dict[str | Path | int, int] = {}
     try:
-        lines = batch.read_text(encoding="utf-8").splitlines()
+        lines = batch.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(f"{batch}: cannot be read: {getattr(error, 'strerror', 'it is not UTF-8 text')}") from None
     for number, line in enumerate(map(str.strip, lines), start=1):
@@ -67,8 +67,10 @@ def read_batch(batch: str | Path) -> list[Job]:
             continue
         try:
             run = _run_of(line)
-        except ValueError as error:
-            raise Refused(f"{batch}:{number}: is no line of shell: {str(error).lower()}") from None
+        except ValueError as error:  # or a quote in a comment, or of a kind that bash alone knows
+            run = None
+            if "\0" in line or subprocess.run(["bash", "-nc", line], capture_output=True).returncode:
+                raise Refused(f"{batch}:{number}: is no line of shell: {str(error).lower()}") from None
         for what, key in (("line", line), ("run folder", run.resolve() if run else number)):
             if seen.setdefault(key, number) != number:
                 raise Refused(f"{batch}:{number}: has the {what} of {batch}:{seen[key]}: each job needs its own")
@@ -81,6 +83,8 @@ def read_batch(batch: str | Path) -> list[Job]:
 
 def _run_of(line: str) -> Path | None:
     """RUN_DIR of `[NAME=value ...] [./e.sh] [python] bin/train.py RUN_DIR ...`. ValueError if a quote is not closed."""
+    if "\0" in line:
+        raise ValueError("it has a null byte")
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split, lexer.commenters = True, ""
     words = list(lexer)
@@ -91,11 +95,14 @@ def _run_of(line: str) -> Path | None:
     if not words or Path(words[0]).parts[-2:] != ("bin", "train.py"):
         return None
     rest = iter(words[1:])
+    written = set(re.sub("'[^']*'", "", line))  # not between single quotes
     for word in rest:
         if word == "-b" or (len(word) > 2 and "--bindings".startswith(word)):
             next(rest, None)
         elif not word.startswith("-"):
-            return None if set(word) & set("$`*?[{~<>") else Path(word)  # only the shell knows what it stands for
+            redirected = word.isdecimal() and next(rest, "")[:1] in ("<", ">")  # 2>log.txt
+            # A pattern or a variable: only the shell knows what it stands for.
+            return None if redirected or set(word) & set("$`*?[{~<>") & written else Path(word)
     return None
 
 
@@ -139,7 +146,7 @@ def launch(
     batch = Path(batch)
     jobs = [job for job in read_batch(batch) if only in (None, job.path.name)]
     if not jobs:
-        raise Refused(f"{batch}: has no job {only} any more: it was changed")
+        raise Refused(f"{batch}: has no job {only}, or no more: see the names in {batch}.jobs")
     slots, threads = _slots(len(jobs), workers, gpus)
     if retry < 0:
         raise Refused(f"--retry {retry}: give a number of times, from 0")
@@ -149,10 +156,14 @@ def launch(
         environment["DATA_DIR"] = environment.get("DATA_DIR") or str(ROOT / "data")
         # The code lies inside of this clone, and is not what this clone's git knows.
         environment["GIT_CEILING_DIRECTORIES"] = str(code.parent)
+        refuse_unreplaced(jobs, code)
     make_folder(jobs[0].path.parent)
     launcher = _Launcher(jobs, slots, environment, retry, code, starter, waits=only is None)
     with _caught(launcher.signals):
-        return launcher.run()
+        try:
+            return launcher.run()
+        except OSError as error:  # who read what is printed is gone, or BATCH.jobs
+            raise Refused(f"{batch}: {error}: jobs that run go on, and the same command waits for them") from None
 
 
 def _slots(n_jobs: int, workers: int | None, gpus: Sequence[str] | None) -> tuple[list[str], int]:
@@ -191,7 +202,7 @@ def frozen_code(batch: Path) -> Path:
         return folder
     with tempfile.TemporaryDirectory(prefix=".", dir=archive.parent) as temporary:
         unpack(archive, Path(temporary).resolve() / "code")
-        for script in Path(temporary, "code/bin").iterdir():
+        for script in Path(temporary, "code/bin").glob("*"):
             script.chmod(0o755)
         folder.parent.mkdir(exist_ok=True)
         with suppress(OSError):  # another launcher was faster
@@ -199,10 +210,17 @@ def frozen_code(batch: Path) -> Path:
     return folder
 
 
+def refuse_unreplaced(jobs: Sequence[Job], code: Path) -> None:
+    """Raises Refused for a line that runs train.py in a way that hides which one, so that it would not be `code`'s."""
+    for job in jobs:
+        if re.search(r"\btrain\.py\b", job.line) and _with_scripts(job.line, code, "") == job.line:
+            raise Refused(f"--frozen: which train.py this line runs cannot be told: {job.line}: write bin/train.py")
+
+
 def _with_scripts(line: str, code: Path | None, starter: str) -> str:
     """The line with this clone's scripts replaced by those of the folder `code`, and the starter before train.py."""
     if starter:  # it brings its own Python
-        line = re.sub(r"\S*\bpython[\d.]*\s+(?=\S*train\.py)", "", line)
+        line = re.sub(r"""('[^']*/)?\S*\bpython[\d.]*'?(\s+-\w+)*\s+(?=('[^']*)?\S*train\.py)""", "", line)
 
     def replaced(word: re.Match[str]) -> str:
         path = Path("".join(shlex.split(word[0]))).resolve()

@@ -4,6 +4,7 @@ What no task has finished goes back into the queue by itself when its time is up
 what was stopped or failed is submitted again by the same command. Accounting (sacct) is not needed.
 """
 
+import argparse
 import os
 import shlex
 import shutil
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from src.config import ROOT, Refused
-from src.jobs import frozen_code, make_folder, read_batch, state
+from src.jobs import frozen_code, launch, make_folder, read_batch, refuse_unreplaced, state
 
 # Slurm sends SIGUSR1 to the shell so long before the time limit; it passes it on, and asks for another go.
 SCRIPT = """#!/usr/bin/env bash
@@ -29,6 +30,35 @@ while wait $launcher; code=$?; kill -0 $launcher 2> /dev/null; do :; done # a tr
 exit $code
 """
 WARNING = "--signal=B:USR1@120"  # seconds
+# A SIGTERM makes srun kill all at once; a SIGUSR1 it passes on, and so does torchrun, when it is told to.
+KEEP = 'trap "kill -USR1 \\$srun" INT TERM; setsid srun "$@" & srun=$!; '
+KEEP += "while wait $srun; code=$?; kill -0 $srun 2> /dev/null; do :; done; exit $code"
+SRUN = f"env TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 bash -c {shlex.quote(KEEP)} srun"
+
+
+def add_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """The options of who runs batches; `run` reads them. Returns the group that says where jobs run."""
+    parser.add_argument("--workers", type=int, metavar="N", help="jobs at a time; default: what the cores allow")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--gpus", metavar="0,1", help="one job at a time on each of these, by CUDA_VISIBLE_DEVICES")
+    where.add_argument("--slurm", metavar="OPTIONS", help="submit to Slurm, with these options of sbatch")
+    parser.add_argument("--retry", type=int, default=0, metavar="N", help="run a failed job again up to N times")
+    parser.add_argument("--frozen", action="store_true", help="run the code as it was at prepare: code.tar.gz")
+    return where
+
+
+def joined(argv: Sequence[str]) -> list[str]:
+    """The arguments with --slurm=OPTIONS for --slurm OPTIONS, whose value argparse would take for an option."""
+    return "\0".join(argv).replace("\0--slurm\0", "\0--slurm=").split("\0")
+
+
+def run(batch: str | Path, arguments: argparse.Namespace) -> int:
+    """Launches or submits the batch as the options say, and returns the exit code. Raises Refused."""
+    if arguments.slurm is not None:
+        at_a_time, retry, frozen = arguments.workers, arguments.retry, arguments.frozen
+        return submit(batch, arguments.slurm, at_a_time=at_a_time, retry=retry, frozen=frozen)
+    gpus = None if arguments.gpus is None else arguments.gpus.split(",")
+    return launch(batch, workers=arguments.workers, gpus=gpus, retry=arguments.retry, frozen=arguments.frozen)
 
 
 def submit(batch: str | Path, options: str, *, at_a_time: int | None, retry: int, frozen: bool) -> int:
@@ -42,42 +72,45 @@ def submit(batch: str | Path, options: str, *, at_a_time: int | None, retry: int
 
     Raises Refused, with nothing submitted, for an unfit batch or argument, or if Slurm refuses.
     """
-    batch = Path(batch)
+    batch = Path(batch).absolute()  # as it is known to the nodes
     jobs = read_batch(batch)
     if at_a_time is not None and at_a_time < 1:
         raise Refused(f"--workers {at_a_time}: give a number of jobs at a time, from 1")
-    if shutil.which("sbatch") is None:
-        raise Refused("--slurm: there is no sbatch on PATH: call it where jobs are submitted to Slurm")
-    if frozen:
-        frozen_code(batch)
+    if retry < 0:
+        raise Refused(f"--retry {retry}: give a number of times, from 0")
+    try:
+        words = shlex.split(options)
+    except ValueError as error:
+        raise Refused(f"--slurm {options}: {str(error).lower()}") from None
+    if not all(map(shutil.which, ("sbatch", "squeue", "scontrol"))):
+        raise Refused("--slurm: there is no sbatch on PATH, or no squeue or scontrol: call it where jobs are submitted")
     folder = jobs[0].path.parent
     largest = int(_ask("scontrol", "show", "config").partition("MaxArraySize")[2].split()[1])
     queued = _queued(folder)
     todo = [job for job in jobs if job.path.name not in queued and state(job) != "finished"]
     print(f"{len(todo)} of {len(jobs)} jobs to submit, {len(queued)} are in the queue", flush=True)
+    if not todo:
+        return 0
+    _ask("sbatch", "--test-only", *words, script="#!/bin/sh\n")  # refuses what it does not take
+    if frozen:
+        refuse_unreplaced(jobs, frozen_code(batch))
     make_folder(folder)
-    launch = [sys.executable, str(ROOT / "bin/launch.py"), str(batch), "--retry", str(retry)]
-    before = ""
+    command_of_task = [sys.executable, str(ROOT / "bin/launch.py"), str(batch), "--retry", str(retry)]
+    before = ":".join(sorted(set(queued.values())))
     for first in range(0, len(todo), largest):
         names = [job.path.name for job in todo[first : first + largest]]
         command = ["sbatch", "--parsable", f"--job-name={batch.name}", "--requeue", "--open-mode=append", WARNING]
         command.append(f"--array=0-{len(names) - 1}" + (f"%{at_a_time}" if at_a_time else ""))
         command.append(f"--output={str(folder).replace('%', '%%')}/slurm.%A_%a.log")
-        if before:  # so that the limit holds for all of them together
+        if before and at_a_time:  # so that the limit holds for all of them together
             command.append(f"--dependency=afterany:{before}")
         script = SCRIPT.format(
-            batch=str(batch), jobs=" ".join(names), launch=shlex.join(launch + ["--frozen"] * frozen)
+            batch=str(batch), jobs=" ".join(names), launch=shlex.join(command_of_task + ["--frozen"] * frozen)
         )
-        before = _ask(*command, *shlex.split(options), script=script).strip().partition(";")[0]
+        before = _ask(*command, *words, script=script).strip().partition(";")[0]
         (folder / f"slurm.{before}").write_text("".join(f"{name}\n" for name in names))
         print(f"array {before}: {len(names)} jobs; scancel {before} stops them with everything saved", flush=True)
     return 0
-
-
-def joined(argv: Sequence[str]) -> list[str]:
-    """The arguments with --slurm=OPTIONS for --slurm OPTIONS, whose value argparse would take for an option."""
-    words = "\0".join(argv)
-    return words.replace("\0--slurm\0", "\0--slurm=").split("\0")
 
 
 def _ask(*command: str, script: str | None = None) -> str:
@@ -88,29 +121,28 @@ def _ask(*command: str, script: str | None = None) -> str:
     return done.stdout
 
 
-def _queued(folder: Path) -> set[str]:
-    """Names of the jobs that wait or run in arrays which were submitted before."""
-    found = set()
+def _queued(folder: Path) -> dict[str, str]:
+    """Names of the jobs that wait or run in arrays which were submitted before, and these arrays."""
+    found = {}
     for task in _ask("squeue", "--me", "--noheader", "--array", "--format=%F.%K").split():
         array, _, k = task.partition(".")
         names = folder / f"slurm.{array}"
         if k.isdecimal() and names.exists():
-            found.add(names.read_text().split()[int(k)])
+            found[names.read_text().split()[int(k)]] = array
     return found
 
 
 def torchrun() -> str:
     """What starts a program as the processes that the task's allocation has room for, or "" for one process.
 
-    A process a GPU, or as many as --ntasks-per-node says, on each node.
+    On nodes with GPUs a process for each; without, one for each of Slurm's tasks (--ntasks, --ntasks-per-node).
     """
-    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
-    processes = int(os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
-    if nodes * processes == 1:
-        return ""
+    nodes, gpus = int(os.environ.get("SLURM_JOB_NUM_NODES", 1)), int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
+    agents, processes = (nodes, gpus) if gpus else (int(os.environ.get("SLURM_NTASKS", nodes)), 1)
+    if agents == 1:
+        return f"torchrun --standalone --nproc-per-node={processes}" if processes > 1 else ""
     job = os.environ["SLURM_JOB_ID"]
     head = _ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()[0]
-    port = 20000 + int(job) % 20000
-    srun = f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --kill-on-bad-exit=1"
-    rendezvous = f"--rdzv-backend=c10d --rdzv-endpoint={head}:{port} --rdzv-id={job}"
-    return f"{srun} torchrun --nnodes={nodes} --nproc-per-node={processes} {rendezvous}"
+    rendezvous = f"--rdzv-backend=c10d --rdzv-endpoint={head}:{20000 + int(job) % 20000} --rdzv-id={job}"
+    srun = f"--nodes={nodes} --ntasks={agents} --ntasks-per-node={agents // nodes} --kill-on-bad-exit=0"
+    return f"{SRUN} {srun} torchrun --nnodes={agents} --nproc-per-node={processes} {rendezvous}"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from src import results
-from src.jobs import read_batch, state
+from src.jobs import _with_scripts, read_batch, state
 from src.run import read_meta
 from tests.conftest import ROOT, copy_code
 from tests.test_refusals import contents
@@ -93,11 +93,13 @@ def test_the_run_folder_of_a_line_is_known_when_the_line_is_a_call_of_train_and_
         "  python3 /somewhere/bin/train.py --bindings=x.y=1 runs/d a.gin",
         "python bin/train.py --bind 'a.x=1' -- runs/e a.gin  # as before",
         "bin/train.py runs/f a.gin && echo done", "bin/train.py $RUNS/g a.gin", "cd x; bin/train.py runs/h a.gin",
-        "echo bin/train.py runs/i", "bin/train.py", "mybin/train.py runs/j",
+        "echo bin/train.py runs/i", "bin/train.py", "mybin/train.py runs/j", "bin/train.py 2>log runs/k a.gin",
+        "bin/train.py 'runs/l[1]~$' a.gin", "echo 'a' # don't",
     )  # fmt: skip
     jobs = read_batch(path)
     assert [str(job.run) for job in jobs[:4]] == ["runs/a", "runs/b c", "runs/d", "runs/e"]
-    assert [job.run for job in jobs[4:]] == [None] * 6
+    assert [job.run for job in jobs[4:11]] == [None] * 7
+    assert [str(job.run) for job in jobs[11:]] == ["runs/l[1]~$", "None"]
     assert jobs[2].line.startswith("python3") and {state(job) for job in jobs} == {"waiting"}
 
 
@@ -290,6 +292,20 @@ def test_one_job_at_a_time_on_each_gpu_also_with_a_killed_launchers_jobs(place):
     printed = [end(process) for process in launchers]
     assert not any("failed" in text for text in printed)
     assert len(lines_of("out")) == 7 and set(lines_of("out")) == {"0", "GPU-a/1"}
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("A=1 ./e.sh {train} r a.gin", "A=1 ./e.sh torchrun -n 2 {train} r a.gin"),
+        ("python3.11 -u {train} r a.gin > log", "torchrun -n 2 {train} r a.gin > log"),
+        ("'/my venv/bin/python' '{train}' r a.gin", "torchrun -n 2 '{train}' r a.gin"),
+        ("echo python {train}x r", "echo {train}x r"),
+    ],
+)
+def test_a_starter_stands_before_train(line, expected):
+    train = ROOT / "bin/train.py"
+    assert _with_scripts(line.format(train=train), None, "torchrun -n 2") == expected.format(train=train)
 
 
 # --- runs of bin/train.py

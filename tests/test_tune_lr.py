@@ -15,6 +15,7 @@ import pytest
 from src.config import ROOT
 from src.results import find_runs, status
 
+BASE = "training_loop.data=@digits\ntraining_loop.model=@SimpleCNN\ntraining_loop.optimizer=@SGD\n"
 EXAMPLE = ROOT / "results/example_run"
 RATES = {"0.001": (90.0, 91.0, 92.0), "0.03": (98.0, 98.2, 98.4), "1.0": (40.0, 50.0, 45.0)}
 
@@ -173,9 +174,9 @@ def test_values_that_are_lists_give_runs_of_their_own(tmp_path):
     from src.grid import prepare
     from src.jobs import read_batch
 
-    batch = prepare(tmp_path / "a", "", {"SimpleCNN.n_filters": [[32], [32, 64]]})
+    batch = prepare(tmp_path / "a", BASE, {"SimpleCNN.n_filters": [[32], [32, 64]]})
     assert [job.run.name for job in read_batch(batch)] == ["n_filters=_32_", "n_filters=_32,_64_"]
-    assert read_batch(prepare(tmp_path / "b", "", {"SGD.lr": [0.1]}))[0].run == tmp_path / "b/runs/run"
+    assert read_batch(prepare(tmp_path / "b", BASE, {"SGD.lr": [0.1]}))[0].run == tmp_path / "b/runs/run"
 
 
 def test_the_best_rate_at_the_edge_is_flagged(made):
@@ -187,6 +188,15 @@ def test_the_best_rate_at_the_edge_is_flagged(made):
 def test_a_report_without_a_run_says_so(tmp_path):
     tune(tmp_path, "prepare")
     assert "No run is finished" in tune(tmp_path, "report").stdout
+
+
+def test_a_wrong_name_is_refused_before_anything_is_written(tmp_path):
+    from src.config import Refused
+    from src.grid import prepare
+
+    with pytest.raises(Refused, match="line 2: SGD has no parameter lrr"):
+        prepare(tmp_path / "new", "training_loop.data = @digits", {"SGD.lrr": [0.1]})
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("command", ["run", "status", "report"])

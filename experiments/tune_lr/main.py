@@ -58,13 +58,9 @@ def main(argv: list[str]) -> int:
     )
     commands.add_parser("prepare", parents=[common], help="write configs and batch.sh")
     run = commands.add_parser("run", parents=[common], help="run what is not finished")
-    run.add_argument("--workers", type=int, metavar="N", help="jobs at a time")
-    run.add_argument("--gpus", type=lambda text: text.split(","), help="such as 0,1: one job a GPU")
-    run.add_argument("--slurm", metavar="OPTIONS", help="submit, with these options of sbatch")
-    run.add_argument("--retry", type=int, default=0, help="times that a failed job is run again")
-    run.add_argument("--frozen", action="store_true", help="with the code as it was at prepare")
+    slurm.add_options(run)
     status = commands.add_parser("status", parents=[common], help="a table of the jobs")
-    status.add_argument("--every", type=float, help="seconds between refreshes, until all are done")
+    status.add_argument("--every", type=float, metavar="SECONDS", help="refresh until all are finished")
     report = commands.add_parser("report", parents=[common], help="table, plots and verdict")
     report.add_argument("--json", action="store_true", help="print it as JSON")
     arguments = parser.parse_args(slurm.joined(argv)[1:])
@@ -73,23 +69,22 @@ def main(argv: list[str]) -> int:
     folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     try:
         if arguments.command == "prepare":
+            if strange := [v for size in SIZES.values() for v in size[AXIS] if type(v) not in (int, float)]:
+                raise Refused(f"AXIS {AXIS} has the value {strange[0]!r}: the report compares numbers")
             batch = grid.prepare(folder, (HERE / "base.gin").read_text(encoding="utf-8"), SIZES[arguments.size])
             print(f"{batch}: {len(jobs.read_batch(batch))} jobs")
         elif not (folder / "batch.sh").exists():
             raise Refused(f"{folder}: has no batch.sh: write it with main.py prepare")
         elif arguments.command == "run":
-            batch, options = folder / "batch.sh", {"retry": arguments.retry, "frozen": arguments.frozen}
-            if arguments.slurm is not None:
-                return slurm.submit(batch, arguments.slurm, at_a_time=arguments.workers, **options)
-            return jobs.launch(batch, workers=arguments.workers, gpus=arguments.gpus, **options)
+            return slurm.run(folder / "batch.sh", arguments)
         elif arguments.command == "status":
             show_status(folder / "batch.sh", arguments.every)
         else:
             import report as reporting  # pandas and matplotlib take a second
 
             reporting.report(folder, AXIS, LABEL, as_json=arguments.json)
-    except Refused as refusal:
-        print(f"main.py: {refusal.message}", file=sys.stderr)
+    except (Refused, OSError) as error:
+        print(f"main.py: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -101,7 +96,7 @@ def show_status(batch: Path, every: float | None) -> None:
         rows = [f"{state:9} {progress(job.run, state) if job.run else '':38} {job}" for job, state in states]
         clear = "\x1b[H\x1b[2J" if every and sys.stdout.isatty() else ""
         print(clear + "\n".join(rows), flush=True)
-        if not every or all(state == "finished" for _, state in states):
+        if not every or every < 0 or all(state == "finished" for _, state in states):
             return
         try:
             time.sleep(every)
@@ -111,17 +106,17 @@ def show_status(batch: Path, every: float | None) -> None:
 
 def progress(run: Path, state: str) -> str:
     """Epochs, images a second and, by the last epoch's time, what is left of a run; of a failed one its last words."""
-    if state == "failed":
-        return (run / "stderr.txt").read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
     try:
+        if state == "failed":
+            return (run / "stderr.txt").read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
         history, n_epochs = load_history(run), int(load_config(run)["training_loop.n_epochs"])
-    except Refused:  # not begun, or damaged: the state says which
+        done = f"epoch {len(history)}/{n_epochs}"
+        if state == "finished" or not history:
+            return done
+        left = (n_epochs - len(history)) * history[-1]["time"]
+        return f"{done}  {history[-1]['images_per_s']:,.0f} images/s  {left:.0f} s left"
+    except (Refused, OSError, KeyError, ValueError):  # not begun, or damaged: the state says which
         return ""
-    if not history:
-        return f"epoch 0/{n_epochs}"
-    done, last = f"epoch {len(history)}/{n_epochs}", history[-1]
-    left = (n_epochs - len(history)) * last["time"]
-    return done if state == "finished" else f"{done}  {last['images_per_s']:,.0f} images/s  {left:.0f} s left"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def metric_by_setting(runs: pd.DataFrame, table: pd.DataFrame, axis: str, label:
     """A point a run, and mean and 95 % interval of each setting, on a log axis."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(4.5, 3), layout="constrained")
-        known = table[table["n"] > 0]
+        known = table[table["n"] > 0].sort_values(axis)
         axes.errorbar(
             known[axis],
             known["mean"],
@@ -33,7 +33,9 @@ def metric_by_setting(runs: pd.DataFrame, table: pd.DataFrame, axis: str, label:
             label="mean, 95 % interval",
         )
         axes.scatter(runs[axis], runs[column], color=COLOURS[1], s=14, alpha=0.7, zorder=3, label="a run")
-        axes.set_xscale("log")
+        values = table[axis]
+        if values.min() > 0 and values.max() / values.min() > 5:
+            axes.set_xscale("log")
         axes.set_xticks(table[axis], [f"{value:g}" for value in table[axis]])
         axes.minorticks_off()
         axes.set_xlabel(label)

@@ -14,6 +14,7 @@ import pandas as pd
 import plots
 
 from src import jobs
+from src.config import Refused
 from src.results import collect, load_config, load_history, mean_interval, to_json, welch
 
 METRIC = "acc"  # in %; val_acc chooses, test_acc is told for the chosen setting alone
@@ -45,6 +46,8 @@ def report(folder: Path, axis: str, label: str, *, as_json: bool) -> None:
     """Writes table.csv, table.md, the plots and report.html into folder/report, and prints the findings."""
     values = json.loads((folder / "grid.json").read_text())
     batch = jobs.read_batch(folder / "batch.sh")
+    if strange := [job.line for job in batch if not job.run]:
+        raise Refused(f"{folder / 'batch.sh'}: which run this line is cannot be told: {strange[0]}")
     found = find(folder, [job.run for job in batch if job.run], axis, label, values[axis])
     out = folder / "report"
     out.mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 from src import results
 from src.jobs import read_batch, state
+from src.record import code_archive, code_files
+from src.run import read_meta
 from tests.conftest import ROOT
 from tests.test_jobs import TINY, batch, end, launch, lines_of, place, start, train_line, wait_for  # noqa: F401  (place: a fixture)
 
@@ -28,8 +31,8 @@ def cluster():
     subprocess.run([HERE / "up", folder, "4", "2"], check=True)
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
     yield folder
-    del os.environ["SLURM_CONF"]
     subprocess.run([HERE / "down", folder], check=True)
+    del os.environ["SLURM_CONF"]
     shutil.rmtree(folder)
 
 
@@ -91,7 +94,10 @@ def test_what_sbatch_refuses_is_told(slurm):
     assert "launch.py: sbatch: " in submit("--partition=none", code=2)
     assert "unrecognized option '--no-option'" in submit("--no-option", code=2)
     assert "--workers 0" in submit("", "--workers", "0", code=2)
-    assert not list(Path("batch.sh.jobs").glob("*")) and not queue()
+    assert "--retry -1" in submit("", "--retry", "-1", code=2)
+    assert "no closing quotation" in submit("--comment='a", code=2)
+    assert "code.tar.gz: is missing" in submit("", "--frozen", code=2)
+    assert not Path("batch.sh.jobs").exists() and not queue()
 
 
 @needs_slurm
@@ -139,6 +145,13 @@ def long_run(epochs: int = 8) -> None:
     batch(train_line("run", *settings))
 
 
+def go_on_at_once(task: str) -> None:
+    """Until the run is finished. What goes back into the queue would wait there for two minutes."""
+    time.sleep(2)  # in the second of its end Slurm refuses to start it again
+    subprocess.run(["scontrol", "update", f"JobId={task}", "StartTime=now"], check=True)
+    wait_for(lambda: results.status(Path("run")) == "finished", 60)
+
+
 def committed() -> bool:
     return Path("run/history.csv").exists() and len(results.load_history("run")) >= 2
 
@@ -154,9 +167,7 @@ def test_a_run_whose_time_is_up_goes_back_into_the_queue_and_goes_on(slurm):
     wait_for(lambda: queue().get(f"{array}_0") == "PENDING", 60)
     assert results.status(Path("run")) == "stopped"
     assert re.search(r"0 of 1 jobs to submit, 1 are in the queue", submit())
-    subprocess.run(["scontrol", "update", f"JobId={array}_0", "StartTime=now"], check=True)  # it waits two minutes
-    wait_for(lambda: not queue(), 60)
-    assert results.status(Path("run")) == "finished"
+    go_on_at_once(f"{array}_0")
     assert results.first_difference("run", "calm") is None
 
 
@@ -172,3 +183,38 @@ def test_a_cancelled_run_has_saved_everything_and_is_submitted_again(slurm):
     assert "1 of 1 jobs to submit" in submit()
     wait_for(lambda: not queue(), 60)
     assert results.first_difference("run", "calm") is None and results.status(Path("run")) == "finished"
+
+
+@needs_slurm
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["--ntasks-per-node=2", "--nodes=1 --gpus-per-node=2"])
+def test_a_distributed_run_goes_back_into_the_queue_and_goes_on(slurm, options):
+    """Two processes: of two tasks, by srun, an agent of torchrun each; or one agent for two (pretended) GPUs."""
+    Path("tiny.gin").write_text(TINY + "training_loop.device = 'cpu'\n")
+    settings = ("training_loop.batch_size=8", "training_loop.n_epochs=6")
+    calm = train_line("calm", *settings).replace(sys.executable, "torchrun --standalone --nproc-per-node=2")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(["bash", "-c", calm], check=True, capture_output=True, env=os.environ | {"PATH": path})
+    batch(train_line("run", *settings))
+    array = array_of(submit(options))
+    wait_for(committed, 60)
+    assert read_meta(Path("run"))["starts"][0]["processes"] == 2
+    subprocess.run(["scancel", "--batch", "--signal=USR1", f"{array}_0"], check=True)
+    wait_for(lambda: queue().get(f"{array}_0") == "PENDING", 60)
+    assert read_meta(Path("run"))["status"] == "stopped"
+    go_on_at_once(f"{array}_0")
+    assert results.first_difference("run", "calm") is None
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_frozen_code_is_run_by_tasks(slurm):
+    folder = Path("a folder")
+    folder.mkdir()
+    (folder / "code.tar.gz").write_bytes(code_archive(code_files()))
+    Path("tiny.gin").write_text(TINY)
+    batch(train_line("run", "training_loop.n_epochs=1")).rename(folder / "batch.sh")
+    submit("", "--frozen", path=folder / "batch.sh")
+    wait_for(lambda: not queue(), 60)
+    assert results.status(Path("run")) == "finished"
+    assert "/code/" in Path("run/command.sh").read_text()
