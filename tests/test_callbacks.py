@@ -63,7 +63,14 @@ def test_lr_schedule():
         callback.on_epoch_begin(epoch, {})
         rates[epoch] = rate(model)
     assert rates == pytest.approx({1: 0.2, 2: 0.2, 3: 0.02, 10: 0.02, 11: 0.1, 12: 0.1, 99: 0.1})
-    assert LRSchedule(0.3).lr(1) == LRSchedule(0.3).lr(50) == 0.3
+    assert LRSchedule(0.3).factor(1) == LRSchedule(0.3).factor(50) == 1
+    own = LRSchedule(schedule=[[1, 1.0], [2, 0.5], [3, 0.25]])
+    model = trainer(own)
+    before, rates = rate(model), []
+    for epoch in (1, 2, 3):
+        own.on_epoch_begin(epoch, {})
+        rates.append(rate(model))
+    assert rates == pytest.approx([before, before / 2, before / 4])
     for wrong in ([], [[2, 1.0], [2, 0.1]], [[3, 1.0], [2, 0.1]]):
         with pytest.raises(Exception, match="epochs must rise"):
             LRSchedule(0.1, wrong)

@@ -141,7 +141,7 @@ REFUSED_BY_NAME = {
     "write @MLP": "training_loop.model = 'MLP'",
     "training_loop.monitor_mode = 'best'": "training_loop.monitor_mode = 'best'",
     "SimpleCNN.n_filters = [8, '16'] (list)": "SimpleCNN.n_filters = [8, '16']",
-    "LRSchedule.base_lr has no value": "training_loop.callbacks = [@LRSchedule]",
+    "WarmupCosine.total_steps has no value": "training_loop.callbacks = [@WarmupCosine]",
     "torchvision.models has no": "training_loop.model = @torchvision.models.mobilnet_v3_small",
     "torchmetrics has no metric F1Scor (did you mean F1Score?)": ("training_loop.metrics = [@torchmetrics.F1Scor]"),
     "poutyne has no callback Early": "training_loop.callbacks = [@poutyne.Early]",
@@ -155,7 +155,7 @@ def test_a_wrong_name_or_type_is_refused_with_its_line(write, message):
     with pytest.raises(Refused) as refusal:
         checked(write(MINIMAL + REFUSED_BY_NAME[message]))
     assert message in refusal.value.message
-    assert "LRSchedule" in message or "a.gin:5" in refusal.value.message
+    assert "WarmupCosine" in message or "a.gin:5" in refusal.value.message
 
 
 def test_what_has_no_value_is_named(write):
