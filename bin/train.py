@@ -4,12 +4,14 @@
     bin/train.py results/first configs/cnn.gin
     bin/train.py results/first configs/cnn.gin -b "training_loop.n_epochs=5;training_loop.reload=True"
     bin/train.py results/try configs/cnn.gin configs/debug.gin -b "SGD.lr=0.1"
+    torchrun --nproc-per-node 2 bin/train.py results/two configs/cnn.gin
 
 Exit codes: 0 finished; 1 the run failed; 2 refused, and nothing was created or changed;
 128 + signal stopped on request, with everything saved.
 """
 
 import argparse
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -18,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from src import config
 from src.output import Output
-from src.run import Run
+from src.run import Run, Shadow
 from src.stop import Stopped, StopRequest
 
 
@@ -29,12 +31,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-b", "--bindings", action="append", default=[], help="\"a.x=1;b.y='z'\": win over the files")
     parser.add_argument("--profile", action="store_true", help="write a trace of 20 steps into the run's folder")
     arguments = parser.parse_args(argv[1:])
+    rank = int(os.environ.get("RANK", 0))  # torchrun sets it
     try:
-        run = Run(arguments.run_dir, config.read(arguments.config, arguments.bindings), argv)
+        settings = config.read(arguments.config, arguments.bindings)
+        run = Shadow(arguments.run_dir, settings, rank) if rank else Run(arguments.run_dir, settings, argv)
     except config.Refused as refusal:
-        print(f"train.py: {refusal.message}", file=sys.stderr)
+        if rank == 0:
+            print(f"train.py: {refusal.message}", file=sys.stderr)
         return refusal.exit_code
-    run.output, run.profile = Output(), arguments.profile
+    run.output = Output(rank)
+    run.profile = arguments.profile and rank == 0
     stop = StopRequest()
     status, code, message = "failed", 1, ""
     try:
@@ -49,17 +55,21 @@ def main(argv: list[str]) -> int:
     return run.close(status, code, message)
 
 
-def train(run: Run, stop: StopRequest) -> None:
+def train(run: Run | Shadow, stop: StopRequest) -> None:
     import gin
 
     from src import results, training_loop
+    from src.distributed import team_of_environment
 
     run.config = training_loop.configure(run.settings)
     for warning in run.config.warnings:
         run.warn(warning)
     run.config.apply()
-    data = training_loop.training_loop(run, stop, **gin.get_bindings("training_loop"))
-    results.test_once(run.path, data)
+    team = team_of_environment()
+    with team.watching(stop):
+        data = training_loop.training_loop(run, stop, team, **gin.get_bindings("training_loop"))
+    if team.part.rank == 0:
+        results.test_once(run.path, data)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from src.config import Refused, nearest
+from src.distributed import ALONE, Team
 
 FEED_EVERY = 32  # batches; a metric costs tens of microseconds a call, whatever the batch's size
 
@@ -43,22 +44,31 @@ class Accuracy(nn.Module):
 
 
 class LossList(nn.Module):
-    """The loss, with its values of the epoch: a list of detached tensors, summed once."""
+    """The loss, with its values of the epoch: a list of detached tensors, summed once.
 
-    def __init__(self, function: nn.Module) -> None:
+    Of several processes each notes its rows' share of a batch's loss; `read` puts the shares together.
+    """
+
+    def __init__(self, function: nn.Module, team: Team = ALONE) -> None:
         super().__init__()
-        self.function = function
-        self.reset()
+        self.function, self.team = function, team
+        self.values: list[Tensor] = []
+        self.sizes: list[int] = []
+        self.n_whole = 0  # values that are those of all rows already
 
-    def of(self, output: Tensor, y: Tensor) -> Tensor:
-        """The loss of a batch, which is noted."""
-        loss: Tensor = self.function(output, y)
-        self.values.append(loss.detach())
-        self.sizes.append(len(y))
+    def of(self, output: Tensor, y: Tensor, n: int) -> Tensor:
+        """The loss of our rows of a batch of n, which is noted; without a row 0."""
+        loss: Tensor = self.function(output, y) if len(y) else output.sum()
+        own = loss.detach()
+        self.values.append(own * (len(y) / n) if self.team.size > 1 else own)
+        self.sizes.append(n)
         return loss
 
     def read(self, begin: int = 0) -> Tensor:
-        """The values from step `begin` of the epoch on, on the CPU: waits for the device."""
+        """The values from step `begin` of the epoch on, on the CPU: waits for the device, and for the others."""
+        if self.team.size > 1 and self.n_whole < len(self.values):
+            self.values[self.n_whole :] = self.team.total(torch.stack(self.values[self.n_whole :]))
+        self.n_whole = len(self.values)
         values = self.values[begin:]
         return torch.stack(values).cpu() if values else torch.zeros(0)
 
@@ -68,8 +78,7 @@ class LossList(nn.Module):
         return (self.read().double() * sizes).sum() / sizes.sum()
 
     def reset(self) -> None:
-        self.values: list[Tensor] = []
-        self.sizes: list[int] = []
+        self.values, self.sizes, self.n_whole = [], [], 0
 
     def pending(self) -> dict[str, Any]:
         """What a commit inside an epoch keeps."""
@@ -78,31 +87,39 @@ class LossList(nn.Module):
     def load_pending(self, pending: Mapping[str, Any], device: torch.device) -> None:
         self.values = list(pending["values"].to(device))
         self.sizes = list(pending["sizes"])
+        self.n_whole = len(self.values)
 
 
 class MetricList(nn.Module):
-    """The metrics of an epoch, fed every 32 batches on a fixed grid."""
+    """The metrics of an epoch, fed every 32 batches on a fixed grid, with the rows of all processes."""
 
-    def __init__(self, metrics: Sequence[nn.Module]) -> None:
+    def __init__(self, metrics: Sequence[nn.Module], team: Team = ALONE) -> None:
         super().__init__()
-        self.metrics = nn.ModuleList(metrics)
+        self.metrics, self.team = nn.ModuleList(metrics), team
         self.names = [str(getattr(m, "name", type(m).__name__.lower())) for m in metrics]
         if len(set(self.names)) < len(self.names):
             raise Refused(f"two metrics have one name: {', '.join(self.names)}: give one a scope")
         self.waiting: list[tuple[Tensor, Tensor]] = []
+        self.sizes: list[int] = []
 
-    def update(self, output: Tensor, y: Tensor) -> None:
-        """output: [N, C, ...], y: [N, ...]."""
+    def update(self, output: Tensor, y: Tensor, n: int) -> None:
+        """Our rows of a batch of n. output: [rows, C, ...], y: [rows, ...]."""
         self.waiting.append((output, y))
+        self.sizes.append(n)
         if len(self.waiting) == FEED_EVERY:
             self._feed()
 
+    def _whole(self) -> list[tuple[Tensor, Tensor]]:
+        """The batches that wait, with the rows of all."""
+        columns = zip(*self.waiting, strict=True)
+        return list(zip(*(self.team.gather(column, self.sizes) for column in columns), strict=True))
+
     def _feed(self) -> None:
         if self.waiting:
-            outputs, labels = (torch.cat(column) for column in zip(*self.waiting, strict=True))
+            outputs, labels = (torch.cat(column) for column in zip(*self._whole(), strict=True))
             for metric in self.metrics:
                 metric.update(outputs, labels)  # type: ignore[operator]
-            self.waiting = []
+            self.waiting, self.sizes = [], []
 
     def compute(self) -> dict[str, Tensor]:
         """Each metric's value by its name."""
@@ -113,19 +130,22 @@ class MetricList(nn.Module):
         }
 
     def reset(self) -> None:
-        self.waiting = []
+        self.waiting, self.sizes = [], []
         for metric in self.metrics:
             metric.reset()  # type: ignore[operator]
 
     def pending(self) -> dict[str, Any]:
         """What a commit inside an epoch keeps."""
-        waiting = [(output.cpu(), y.cpu()) for output, y in self.waiting]
+        waiting = [(output.cpu(), y.cpu()) for output, y in self._whole()]
         return {"metrics": copy.deepcopy(self.metrics.state_dict()), "waiting": waiting}
 
     def load_pending(self, pending: Mapping[str, Any], device: torch.device) -> None:
         self.metrics.load_state_dict(pending["metrics"])
         self.metrics.to(device)  # torchmetrics keeps the tensors it is given, on the CPU
-        self.waiting = [(output.to(device), y.to(device)) for output, y in pending["waiting"]]
+        self.sizes = [len(y) for _, y in pending["waiting"]]
+        own = [self.team.part.rows(n) for n in self.sizes]
+        batches = zip(pending["waiting"], own, strict=True)
+        self.waiting = [(output[rows].to(device), y[rows].to(device)) for (output, y), rows in batches]
 
 
 def register_torchmetric(full_name: str) -> None:
@@ -153,6 +173,7 @@ def register_torchmetric(full_name: str) -> None:
         built = metric(**settings)
         built.name = gin.current_scope_str() or _snake(metric.__name__)
         built.persistent(True)  # its sums belong into the checkpoint
+        built.sync_on_compute = False  # it is given the rows of all processes
         return built
 
     own = inspect.Parameter("n_classes", inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -22,17 +22,19 @@ CLEAR_LINE = b"\r\x1b[K"
 class Output:
     """Collects stdout and stderr in unnamed files first, in a run's folder from `move_to` on.
 
-    `terminal` is the descriptor of the user's stderr when it is a terminal, else None.
+    `terminal` is the descriptor of the user's stderr when it is a terminal, else None. Of several processes the first
+    is shown there; those of another rank get files of their own, stdout.rank1.txt and so on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int = 0) -> None:
         import faulthandler
         import tempfile
 
         _open_closed()
         faulthandler.enable(2)  # a crash in C says where it was
         self._saved = [os.dup(descriptor) for descriptor in (1, 2)]
-        self.terminal = self._saved[1] if os.isatty(self._saved[1]) else None
+        self.rank = rank
+        self.terminal = self._saved[1] if os.isatty(self._saved[1]) and rank == 0 else None
         self._files = []
         for _ in NAMES:
             with tempfile.TemporaryFile() as file:
@@ -47,6 +49,7 @@ class Output:
         self._release()
         files = []
         for name, collected in zip(NAMES, self._files, strict=True):
+            name = name.replace(".", f".rank{self.rank}.") if self.rank else name
             file = os.open(folder / name, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
             for block in _blocks(collected, 0):
                 _write(file, block)
@@ -66,7 +69,8 @@ class Output:
         """Descriptors 1 and 2 are the files; the follower shows what comes from now on."""
         _flush()
         offsets = [os.fstat(file).st_size for file in self._files]
-        self._start_follower(offsets)  # first: where it cannot, the error is for the terminal
+        if self.rank == 0:
+            self._start_follower(offsets)  # first: where it cannot, the error is for the terminal
         for descriptor, file in zip((1, 2), self._files, strict=True):
             os.dup2(file, descriptor)
 
@@ -75,6 +79,8 @@ class Output:
         _flush()
         for descriptor, saved in zip((1, 2), self._saved, strict=True):
             os.dup2(saved, descriptor)
+        if self.rank:
+            return
         # It may be blocked, dead or, after an error in move_to, stopped already.
         with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
             self._follower.communicate(b"stop", timeout=2)

@@ -32,8 +32,20 @@ def command(arguments: Sequence[str], folder: Path, number: int, time: str, n_th
         directory = shlex.quote(str(here))
     names = [name for name in ("DATA_DIR", "CUDA_VISIBLE_DEVICES") if name in os.environ]
     variables = [f"{name}={shlex.quote(os.environ[name])}" for name in names]
-    line = " ".join([*variables, f"OMP_NUM_THREADS={n_threads}", shlex.join([script, *rest])])
+    words = [*variables, f"OMP_NUM_THREADS={n_threads}", *torchrun(), shlex.join([script, *rest])]
+    line = " ".join(words)
     return f"# start {number}, {time}\n(cd {directory} && {line})\n"
+
+
+def torchrun() -> list[str]:
+    """The torchrun that has started this process, as a person types it; none for a single process."""
+    processes, nodes = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return []
+    where = ["--standalone"]
+    if nodes != "1":  # on each of the machines
+        where = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={os.environ['MASTER_ADDR']}:29400"]
+    return ["torchrun", *where, f"--nproc-per-node={processes}"]
 
 
 def git(*arguments: str) -> str | None:

@@ -28,6 +28,8 @@ def reproduce(run: Path, new: Path) -> None:
     history = load_history(run)
     if not history:
         raise Refused(f"{run}: has no epoch to compare with")
+    if new.exists() and (not new.is_dir() or any(new.iterdir())):
+        raise Refused(f"{new}: is there already: choose a new folder for the repeated run")
     parts = parts_of(read_meta(run)["starts"])
     for k, part in enumerate(parts):
         bindings = [f"training_loop.n_epochs={len(history)}"]
@@ -40,9 +42,12 @@ def reproduce(run: Path, new: Path) -> None:
             unpack(run / part["code"], Path(folder).resolve() / "code")
             config, script = Path(folder, "config.gin"), Path(folder, "code/bin/train.py")
             config.write_text(part["config"], encoding="utf-8")
-            command = [sys.executable, str(script), f"--bindings={';'.join(bindings)}", "--", str(new), str(config)]
+            command = [str(script), f"--bindings={';'.join(bindings)}", "--", str(new), str(config)]
+            starter = [sys.executable]
+            if (processes := part.get("processes", 1)) > 1:
+                starter += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
             environment = os.environ | {"DATA_DIR": str(data_dir()), "OMP_NUM_THREADS": str(part["threads"])}
-            code = subprocess.run(command, env=environment).returncode
+            code = subprocess.run([*starter, *command], env=environment).returncode
         if code == 2 and k == 0:
             raise Refused(f"{run}: cannot be repeated, see above")
         if code:
@@ -60,7 +65,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def parts_of(starts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each start since the beginning that changed settings or code, with both as they were then."""
+    """Each start since the beginning that changed settings, code or the number of processes, with all as they were."""
     parts: list[dict[str, Any]] = []
     for start in starts:
         if not start["total_steps"]:  # nothing was committed before
@@ -69,7 +74,7 @@ def parts_of(starts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             parts[-1] |= start
         elif not parts:
             parts.append(dict(start))
-        elif "config" in start or "code" in start:
+        elif "config" in start or "code" in start or parts[-1].get("processes") != start.get("processes"):
             parts.append({**parts[-1], **start})
     return parts
 
@@ -80,10 +85,10 @@ def differing_surroundings(run: Path, new: Path) -> list[str]:
     def surroundings(path: Path) -> dict[str, Any]:
         meta = read_meta(path)
         start = meta["starts"][-1]
-        names = ("python", "platform", "device", "threads")
+        names = ("python", "platform", "device", "threads", "processes")
         return {
             **start["versions"],
-            **{n: start[n] for n in names},
+            **{n: start.get(n, 1) for n in names},  # an old run's record has no processes
             "init_from": meta.get("init_from", {}).get("sha256"),
         }
 

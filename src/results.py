@@ -390,8 +390,8 @@ def evaluate(
     with torch.inference_mode():
         for x, y in Batches(part, settings["batch_size"], limit=settings["steps_per_epoch"]):
             output = network(x)
-            loss.of(output, y)
-            metrics.update(output, y)
+            loss.of(output, y, len(y))
+            metrics.update(output, y, len(y))
             outputs.append(output.softmax(dim=1))
             labels.append(y)
     probability, prediction = torch.cat(outputs).max(dim=1)

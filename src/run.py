@@ -306,12 +306,21 @@ class Run:
             )
         return None
 
+    @property
+    def began_from(self) -> str | None:
+        """The folder whose best weights the run began from, as meta.json says."""
+        return read_meta(self.path).get("init_from", {}).get("run")  # type: ignore[no-any-return]
+
     # --- commit and load
 
     def commit(self, state: Mapping[str, Any]) -> None:
         """Makes the state durable at once; the commit before is kept as checkpoint.prev.pt."""
         self._refuse_gone()
         write_checkpoint(self.path / "checkpoint.pt", state, previous=self.path / "checkpoint.prev.pt")
+
+    def write_best(self, state: Mapping[str, Any]) -> None:
+        """best.pt: the epoch and the network's weights."""
+        write_checkpoint(self.path / "best.pt", state)
 
     def _load(self) -> dict[str, Any] | None:
         path, previous = self.path / "checkpoint.pt", self.path / "checkpoint.prev.pt"
@@ -345,6 +354,52 @@ class Run:
         writer.writeheader()
         writer.writerows(rows)
         write(self.path / "history.csv", file.getvalue())
+
+
+class Shadow:
+    """A run as its processes beside the first have it: they write what they print, stdout.rank1.txt and so on."""
+
+    config: Config
+    is_pruned = has_commit = profile = False
+    began_from = None
+
+    def __init__(self, path: str | Path, settings: Settings, rank: int) -> None:
+        self.path, self.settings, self.rank = Path(path), settings, rank
+        self.output: Output | None = None
+        self.changed: list[str] = []  # as the first says
+
+    def open(self) -> None:
+        """The first opens it."""
+
+    def record(self, *_: Any) -> None:
+        """From now on what is printed goes into the folder."""
+        if self.output:
+            self.path.mkdir(parents=True, exist_ok=True)  # on another machine it may not be seen
+            self.output.move_to(self.path)
+
+    def refuse_changes(self, *_: Any, accept: bool) -> None:
+        """The first does it."""
+
+    def warn(self, *_: Any) -> None:
+        """The first does it."""
+
+    write_config = write_history = write_best = commit = unfinish = beat = warn
+
+    def why_lost(self, error: BaseException) -> str | None:
+        """What a bug is told by is its traceback."""
+        return None
+
+    def close(self, status: str, exit_code: int, message: str) -> int:
+        """Returns the exit code. On the terminal it says what the first cannot know: a bug here, or a refusal on
+        another machine.
+        """
+        if message:
+            print(message.rstrip(), file=sys.stderr)
+        if self.output:
+            self.output.close()
+        if "Traceback" in message or (exit_code == 2 and os.environ.get("LOCAL_RANK") == "0"):
+            print(f"rank {self.rank}: {message.rstrip()}", file=sys.stderr)
+        return exit_code
 
 
 # --- reading a folder -----------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """Signals that ask a run to stop: what Ctrl-C, Slurm and the clouds send."""
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+AGAIN_SECONDS = 1.0 if "RANK" in os.environ else 0.0  # torchrun passes on what the terminal has sent already
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -29,6 +32,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._time = 0.0
         self._wait = False
         for number in SIGNALS:
             signal.signal(number, self._receive)
@@ -52,7 +56,7 @@ class StopRequest:
             signal.signal(number, signal.SIG_IGN)
 
     def _receive(self, number: int, frame: Any) -> None:
-        again = number == self.signal == signal.SIGINT
-        self.signal = number
+        again = number == self.signal == signal.SIGINT and time.monotonic() - self._time >= AGAIN_SECONDS
+        self.signal, self._time = number, self._time if number == self.signal else time.monotonic()
         if again or not self._wait:
             self.raise_if_asked()

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -31,10 +31,11 @@ from src.callbacks.progress import Progress
 from src.callbacks.tensorboard import TensorBoard
 from src.config import LOOP_SUPPLIES, Config, Failed, Refused, Settings, check, nearest
 from src.data.dataset import Batches, Data
+from src.distributed import GlobalBatch, Team, norms_of_one_process, unreached_draws
 from src.metrics import Accuracy, LossList, MetricList, register_torchmetric
 from src.models.summary import summarise
 from src.models.torchvision_models import register as register_torchvision
-from src.run import Damaged, Run, machine, read_checkpoint, read_flat, read_meta, write_checkpoint
+from src.run import Damaged, Run, Shadow, machine, read_checkpoint, read_flat
 from src.stop import Stopped, StopRequest
 
 EXTERNAL: dict[str, Callable[[str], None]] = {
@@ -66,10 +67,11 @@ def configure(settings: Settings) -> Config:
 
 
 # Over 100 lines, most of them the settings and what they mean: the one list of what a run can be told.
-@gin.register(denylist=["run", "stop"])
+@gin.register(denylist=["run", "stop", "team"])
 def training_loop(
-    run: Run,
+    run: Run | Shadow,
     stop: StopRequest,
+    team: Team,
     data: Callable[..., Data],
     model: Callable[..., nn.Module],
     optimizer: Callable[..., torch.optim.Optimizer],
@@ -81,7 +83,7 @@ def training_loop(
     accumulate: int = 1,
     clip_norm: float | None = None,
     ema_decay: float | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32",
     compile: bool = False,
     channels_last: bool = True,
     fused: bool = True,
@@ -98,6 +100,7 @@ def training_loop(
     steps_per_epoch: int | None = None,
     stop_at: int | None = None,
     n_workers: int | None = None,
+    sync_batch_norm: bool = True,
     detect_anomaly: bool = False,
 ) -> Data:
     """Trains `model` on `data` into the run's folder and returns the data.
@@ -105,7 +108,8 @@ def training_loop(
     Everything is built and tried on one batch in memory first; a mistake leaves no trace.
 
     Args:
-        run, stop: the folder, and the signals that ask for a stop; not configured by gin.
+        run, stop, team: the folder, the signals that ask for a stop, and the processes that torchrun has
+            started; not configured by gin.
         data, model, optimizer, loss, metrics, callbacks: what builds them, uncalled: the loop
             seeds, then builds. It supplies input_shape and n_classes, the optimizer's params, and
             parameters to callbacks that ask for them.
@@ -114,8 +118,11 @@ def training_loop(
         accumulate: batches an optimizer step; their gradients make the mean over all their images.
         clip_norm: the largest norm of all gradients together; larger ones are scaled down to it.
         ema_decay: 0.999, say: validation, best.pt and the test take an exponential moving average of the
-            weights over the steps (Polyak and Juditsky 1992), with the last step's buffers.
+            weights over the steps (Polyak and Juditsky 1992), with the last step's buffers. In the first n
+            steps the decay is at most (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage, so that the
+            random weights of the beginning are forgotten.
         precision: 'bf16': the forward in bfloat16 where autocast does; weights and loss stay in fp32.
+            'fp64': all in double precision, for checks of what computes.
         compile: torch.compile; it pays on a GPU, and takes a minute at the start.
         channels_last: memory format of images and their network: faster convolutions.
         fused: the optimizer's fused form where torch has one for the device.
@@ -131,6 +138,7 @@ def training_loop(
         steps_per_epoch: fewer batches an epoch, for debugging; also of validation.
         stop_at: stops after so many batches in all, committed, as a signal would.
         n_workers: processes that read data which are streamed; None: one for each core, 0: none.
+        sync_batch_norm: of several processes: mean and variance over the rows of all, as a single one has them.
         detect_anomaly: torch's anomaly detection: names the operation behind a NaN. Slow.
 
     Raises:
@@ -144,13 +152,16 @@ def training_loop(
             raise Refused(f"training_loop.{name} = {value}, but it must be at least 1")
     commit_steps, commit_seconds = read_interval(commit_every)
     place = find_device(device)
+    team.start(place)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     torch.autograd.set_detect_anomaly(detect_anomaly)
 
-    dataset: Data = build(data)
+    fetched = build(data) if team.part.rank == 0 else None
+    team.share(None)  # the others wait until what is missing is there
+    dataset: Data = fetched or build(data)
     if dataset.choice is not None:
         run.config = run.config.choose("data", dataset.choice)
     if batch_size > len(dataset.train):
@@ -158,29 +169,43 @@ def training_loop(
             f"training_loop.batch_size = {batch_size}, but {dataset.name} has only "
             f"{len(dataset.train)} images to train on"
         )
+    if batch_size < team.size:
+        raise Refused(f"training_loop.batch_size = {batch_size}, but {team.size} processes share it")
+    if team.share(dataset.fingerprint) != dataset.fingerprint:
+        raise Refused(f"{dataset.name} is not the same here, for rank {team.part.rank}, as for rank 0")
     run.refuse_changes(describe(dataset), accept=accept_changes)
-    if run.is_pruned:
-        refuse_more_epochs(run, n_epochs)
+    is_pruned, has_commit, run.changed = team.share((run.is_pruned, run.has_commit, run.changed))
+    if is_pruned:
+        if isinstance(run, Run):
+            refuse_more_epochs(run, n_epochs)
+        team.end()
         return dataset
 
     seed_all(seed)
     network = build(model, input_shape=dataset.input_shape, n_classes=dataset.n_classes).to(place)
     memory_format = memory_format_of(dataset, channels_last)
     network.to(memory_format=memory_format)
+    if precision == "fp64":
+        network.double()
+    if team.size > 1 and sync_batch_norm and place.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     trainable = [p for p in network.parameters() if p.requires_grad]
-    train = Batches(dataset.train.to(place, n_workers, memory_format), batch_size, seed, steps_per_epoch)
-    valid = Batches(dataset.valid.to(place, n_workers, memory_format), batch_size, limit=steps_per_epoch)
+    train = Batches(dataset.train.to(place, n_workers, memory_format, team.part), batch_size, seed, steps_per_epoch)
+    valid = Batches(dataset.valid.to(place, n_workers, memory_format, team.part), batch_size, limit=steps_per_epoch)
     trainer = Trainer(
         network,
         build_optimizer(optimizer, trainable, fused),
-        LossList(build(loss).to(place)),
-        MetricList([build(m, n_classes=dataset.n_classes).to(place) for m in metrics]),
+        LossList(build(loss).to(place), team),
+        MetricList([build(m, n_classes=dataset.n_classes).to(place) for m in metrics], team),
         train,
+        valid,
+        team,
         accumulate,
         clip_norm,
         ema_decay,
-        precision == "bf16",
+        precision,
         compile,
+        sync_batch_norm,
     )
     built_callbacks = [build(callback, parameters=trainable) for callback in callbacks]
     refuse_unknown_monitors(monitor, built_callbacks, trainer.metrics.names)
@@ -195,24 +220,26 @@ def training_loop(
         "monitor": monitor,
         "monitor_mode": monitor_mode,
     }
-    if init_from and not run.has_commit:
+    if team.size > 1:
+        warn_of_other_numbers(run, trainer, sync_batch_norm)
+    if init_from and not has_commit:
         facts["init_from"] = start_from(init_from, network)
 
     with stop.deferred():
-        state = run.open()
+        state = team.share(run.open())
         at = Position.of(state)
         if state:
             refuse_unfit(state, trainer)
             run.config = run.config.set("training_loop.n_epochs", max(n_epochs, at.epoch))
-            began_from = read_meta(run.path).get("init_from", {}).get("run")
-            run.config = run.config.set("training_loop.init_from", began_from)
+            run.config = run.config.set("training_loop.init_from", run.began_from)
         for name, value in {"reload": False, "accept_changes": False, "stop_at": None}.items():
             run.config = run.config.set(f"training_loop.{name}", value)  # of this start, not of the run
-        run.record(state, facts, {"device": str(place), "threads": torch.get_num_threads(), **machine()})
+        start = {"device": str(place), "threads": torch.get_num_threads(), "processes": team.size, **machine()}
+        run.record(state, facts, start)
     stop.raise_if_asked()
-    tensorboard = TensorBoard(run.path, at.history, run.config.text(), hparams(run))
+    tensorboard = TensorBoard(run.path, at.history, run.config.text(), hparams(run)) if isinstance(run, Run) else None
     commits = Commits(
-        run, stop, trainer, built_callbacks, tensorboard, at, state,
+        run, stop, team, trainer, built_callbacks, tensorboard, at, state,
         monitor, monitor_mode, log_every, stop_at, commit_steps, commit_seconds,
     )  # fmt: skip
     if state and (at.stopped or at.epoch >= n_epochs):
@@ -220,8 +247,9 @@ def training_loop(
         print(f"{run.path}: {at.epoch} epochs are done, nothing is left to train")
     else:
         run.unfinish()
-        begin = f"on from epoch {at.epoch}, step {at.step}" if state else f"seed {seed}"
-        print(f"{run.path}: {facts['model']} on {dataset.name} ({len(dataset.train)} images), {place}, {begin}")
+        begin = f"on in epoch {at.epoch + 1}, after step {at.step}" if state else f"seed {seed}"
+        where = f"{team.size} processes, {place.type}" if team.size > 1 else str(place)
+        print(f"{run.path}: {facts['model']} on {dataset.name} ({len(dataset.train)} images), {where}, {begin}")
         with stop.deferred():
             trainer.fit_generator(
                 train,
@@ -232,13 +260,19 @@ def training_loop(
                 callbacks=[
                     *built_callbacks,
                     commits,  # what stands behind it sees committed epochs only
-                    tensorboard,
+                    *([tensorboard] if tensorboard else []),
                     *([Profile(run.path)] if run.profile else []),
-                    Progress(run.output.terminal if run.output else None, train, batch_size),
+                    *(
+                        [Progress(run.output.terminal if run.output else None, train, batch_size)]
+                        if tensorboard
+                        else []
+                    ),
                 ],
             )
         stop.raise_if_asked()  # what is left may take long
-    tensorboard.finish(at.history[-1])
+    team.end()
+    if tensorboard:
+        tensorboard.finish(at.history[-1])
     return dataset
 
 
@@ -248,7 +282,7 @@ def training_loop(
 def build(builder: Callable[..., Any], **supplied: Any) -> Any:
     """Calls the builder with those of the supplied arguments that it takes.
 
-    Raises Refused if a setting has a value that it refuses with a ValueError or RuntimeError.
+    Raises Refused if a setting has a value that it refuses with a ValueError or RuntimeError, or a package is missing.
     """
     function = builder.__init__ if inspect.isclass(builder) else builder
     parameters = inspect.signature(function).parameters.values()
@@ -258,7 +292,7 @@ def build(builder: Callable[..., Any], **supplied: Any) -> Any:
         raise Refused(f"{builder.__name__} cannot stand where it does: it needs {wrong[0]}, which is not given there")
     try:
         return builder(**{k: v for k, v in supplied.items() if takes_all or k in names})
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         said = str(error).partition("\n  In call to configurable")[0]  # by gin
         raise Refused(f"{builder.__name__}: {said}{place_of(error)}") from None
 
@@ -285,9 +319,11 @@ def memory_format_of(data: Data, channels_last: bool) -> torch.memory_format:
 
 
 def place_of(error: Exception) -> str:
-    """` (file:line)` of the code that raised it."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f" ({frame.filename}:{frame.lineno})"
+    """` (file:line)` of the code that raised it, of our own if some had a part in it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if "site-packages" not in f.filename and f.filename != __file__]
+    ours = [f for f in ours if not f.filename.endswith("src/models/summary.py")]
+    return f" ({(ours or frames)[-1].filename}:{(ours or frames)[-1].lineno})"
 
 
 def read_interval(commit_every: int | str | None) -> tuple[int | None, float | None]:
@@ -307,10 +343,15 @@ def read_interval(commit_every: int | str | None) -> tuple[int | None, float | N
 
 
 def find_device(name: str) -> torch.device:
-    """'auto' takes cuda, then mps, then cpu. Raises Refused for a device that is not there."""
+    """'auto' takes cuda, then mps, then cpu; of several processes each takes a GPU of its own.
+
+    Raises Refused for a device that is not there.
+    """
     mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -385,6 +426,7 @@ def try_one_batch(trainer: "Trainer", n_classes: int) -> str:
     split, batch_size = trainer.batches.split, trainer.batches.batch_size
     x, y = next(split.batches(batch_size))
     name = type(trainer.network).__name__
+    x = x.double() if trainer.precision == "fp64" else x
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.no_grad():
         try:
             output, summary = summarise(trainer.network, x)
@@ -399,7 +441,7 @@ def try_one_batch(trainer: "Trainer", n_classes: int) -> str:
             trainer.loss.function(output, y)
         except (RuntimeError, ValueError, IndexError) as error:
             raise Refused(f"the loss does not take {name}'s output: {error}") from None
-        trainer.metrics.update(output, y)
+        trainer.metrics.update(output, y, min(batch_size, len(split)))
         for metric, value in trainer.metrics.compute().items():
             if torch.as_tensor(value).numel() != 1:
                 raise Refused(f"the metric {metric} gives {torch.as_tensor(value).numel()} numbers: it must be one")
@@ -413,6 +455,22 @@ def try_one_batch(trainer: "Trainer", n_classes: int) -> str:
                     f"training_loop.batch_size than {batch_size}"
                 ) from None
     return summary
+
+
+def warn_of_other_numbers(run: Run | Shadow, trainer: "Trainer", sync_batch_norm: bool) -> None:
+    """Warns, for the record, of what makes several processes compute other numbers than one."""
+    if (norms := norms_of_one_process(trainer.network)) and not sync_batch_norm:
+        run.warn(
+            f"batch norm takes mean and variance over the rows of each process ({', '.join(norms[:3])}): the numbers "
+            "are not those of a single process, as they are with training_loop.sync_batch_norm=True"
+        )
+    x, _ = next(trainer.batches.split.batches(trainer.batches.batch_size))
+    if unreached_draws(trainer.network, x.double() if trainer.precision == "fp64" else x):
+        run.warn(
+            f"{type(trainer.network).__name__} draws random numbers in another way than by dropout, such as stochastic "
+            "depth or the dropout of attention: each process draws for its rows alone, and the numbers are not those "
+            "of a single process"
+        )
 
 
 def start_from(folder: str, network: nn.Module) -> dict[str, Any]:
@@ -454,7 +512,7 @@ def refuse_unfit(state: Mapping[str, Any], trainer: "Trainer") -> None:
         raise Refused("the run trained other parameters than the model gives now to train")
 
 
-def accepted_settings(run: Run, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def accepted_settings(run: Run | Shadow, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's settings that are new with this start: the commit's do not hold any more."""
     name = run.config.flat()["training_loop.optimizer"][1:]
     accepted = {key: value for key, value in optimizer.defaults.items() if f"{name}.{key}" in run.changed}
@@ -467,7 +525,8 @@ def accepted_settings(run: Run, optimizer: torch.optim.Optimizer) -> dict[str, A
 class Trainer(poutyne.Model):
     """Poutyne's model with a step that never waits for the device.
 
-    `updated` says whether the last batch ended in an optimizer step, for callbacks that count them.
+    `updated` says whether the last batch ended in an optimizer step, for callbacks that count them. Of several
+    processes each has its rows of a batch; DistributedDataParallel averages the gradients.
     """
 
     def __init__(
@@ -477,17 +536,27 @@ class Trainer(poutyne.Model):
         loss: LossList,
         metrics: MetricList,
         batches: Batches,
+        valid: Batches,
+        team: Team,
         accumulate: int,
         clip_norm: float | None,
         ema_decay: float | None,
-        bf16: bool,
+        precision: str,
         compile: bool,
+        sync_batch_norm: bool,
     ) -> None:
         super().__init__(network, optimizer, loss, epoch_metrics=[(metrics.names, metrics)])
-        self.loss, self.metrics, self.batches, self.accumulate = loss, metrics, batches, accumulate
-        self.clip_norm, self.bf16, self.ema_decay = clip_norm, bf16, ema_decay
+        self.loss, self.metrics, self.batches, self.valid, self.team = loss, metrics, batches, valid, team
+        self.accumulate, self.clip_norm, self.precision, self.ema_decay = accumulate, clip_norm, precision, ema_decay
         self.averaged = copy.deepcopy(network).eval() if ema_decay is not None else None
-        self.forward = torch.compile(network) if compile else network
+        self.n_averaged = 0  # optimizer steps in the average
+        self.forward = self.trained = torch.compile(network) if compile else network
+        if team.size > 1:
+            parallel = nn.parallel.DistributedDataParallel
+            known = inspect.signature(parallel).parameters  # torch 2.14 has renamed it
+            buffers: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+            self.trained = parallel(self.forward, **buffers)
+            self.global_batch = GlobalBatch(team.part, sync_batch_norm)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.updated = True
 
@@ -499,8 +568,10 @@ class Trainer(poutyne.Model):
     @torch.no_grad()
     def _average(self) -> None:
         assert self.averaged is not None and self.ema_decay is not None
+        self.n_averaged += 1
+        decay = min(self.ema_decay, (1 + self.n_averaged) / (10 + self.n_averaged))
         averages: list[Tensor] = list(self.averaged.parameters())
-        torch._foreach_lerp_(averages, list(self.network.parameters()), 1 - self.ema_decay)
+        torch._foreach_lerp_(averages, list(self.network.parameters()), 1 - decay)
         for old, new in zip(self.averaged.buffers(), self.network.buffers(), strict=True):
             old.copy_(new)
 
@@ -511,11 +582,11 @@ class Trainer(poutyne.Model):
         self.updated = k + 1 == after
         if k == first:
             self.optimizer.zero_grad()
-        loss = self._compute_loss_and_metrics(x, y)[0]
-        if after - first > 1:
-            share = len(y) / self.batches.n_images(first, after)
-            (loss * share).backward()  # type: ignore[no-untyped-call]
-        else:
+        alone = self.team.size == 1
+        with nullcontext() if alone or self.updated else self.trained.no_sync():  # type: ignore[attr-defined]
+            loss = self._compute_loss_and_metrics(x, y)[0]
+            if after - first > 1 or not alone:  # the mean over all images of the optimizer's step
+                loss = loss * (len(y) * self.team.size / self.batches.n_images(first, after))
             loss.backward()  # type: ignore[no-untyped-call]
         callback.on_backward_end(step)
         if self.updated:
@@ -527,15 +598,32 @@ class Trainer(poutyne.Model):
         return self.loss.values[-1], (), None
 
     def _compute_loss_and_metrics(self, x: Any, y: Any, **_: Any) -> tuple[Tensor, tuple[()], None]:
-        network = self.forward if self.network.training or self.averaged is None else self.averaged
-        if self.bf16:
-            with torch.autocast(y.device.type, torch.bfloat16):
-                output = network(x).float()
-        else:
-            output = network(x)
-        loss = self.loss.of(output, y)
-        self.metrics.update(output.detach(), y)
+        n = (self.batches if self.network.training else self.valid).n
+        output = self._output(x, n)
+        loss = self.loss.of(output, y, n)
+        self.metrics.update(output.detach(), y, n)
         return loss, (), None
+
+    def _output(self, x: Tensor, n: int) -> Tensor:
+        """The network's for our rows of a batch of n."""
+        if self.precision == "fp64":
+            x = x.double()
+        if not self.network.training:
+            network: Callable[[Tensor], Tensor] = self.forward if self.averaged is None else self.averaged
+        elif self.team.size > 1:
+            self.global_batch.begin(n)
+            network = self._trained_on_rows
+        else:
+            network = self.trained
+        if self.precision == "bf16":
+            with torch.autocast(x.device.type, torch.bfloat16):
+                return network(x).float()
+        return network(x)
+
+    def _trained_on_rows(self, x: Tensor) -> Tensor:
+        with self.global_batch:
+            output: Tensor = self.trained(x)
+        return output
 
 
 # --- commits --------------------------------------------------------------------------------------
@@ -568,11 +656,12 @@ class Commits(poutyne.Callback):
     Stands behind the callbacks that have a state, before those that show committed epochs.
     """
 
-    run: Run
+    run: Run | Shadow
     stop: StopRequest
+    team: Team
     trainer: Trainer
     callbacks: Sequence[poutyne.Callback]
-    tensorboard: TensorBoard
+    tensorboard: TensorBoard | None
     at: Position
     state: Mapping[str, Any] | None
     monitor: str
@@ -601,6 +690,7 @@ class Commits(poutyne.Callback):
         self.trainer.network.load_state_dict(state["network"])
         if self.trainer.averaged is not None:
             self.trainer.averaged.load_state_dict(state["averaged"] or state["network"])
+            self.trainer.n_averaged = state["n_averaged"]
         if "training_loop.optimizer" not in self.run.changed:  # another one begins anew
             self.trainer.optimizer.load_state_dict(state["optimizer"])
         for group in self.trainer.optimizer.param_groups:
@@ -608,11 +698,11 @@ class Commits(poutyne.Callback):
         for callback, (name, saved) in zip(self.callbacks, state["callbacks"], strict=False):
             if name == type(callback).__name__:  # or it is an accepted change
                 external.load_state_dict(callback, saved)
+        device = next(self.trainer.network.parameters()).device
         if state["step"]:
-            device = next(self.trainer.network.parameters()).device
             self.trainer.loss.load_pending(state["loss"], device)
             self.trainer.metrics.load_pending(state["metrics"], device)
-        set_rng(state["rng"])
+        set_rng(state["rng"], device)
 
     def on_epoch_begin(self, epoch_number: int, logs: dict[str, Any]) -> None:
         self.epoch, step = epoch_number, self.at.step
@@ -633,21 +723,21 @@ class Commits(poutyne.Callback):
         at = self.at
         at.step += 1
         at.total_steps += 1
-        self.n_images += logs["size"]
+        self.n_images += self.trainer.batches.n
         self.run.beat(at.total_steps)
         is_last = at.step == self.trainer.batches.n_batches
         if is_last or at.step % self.log_every == 0:
             self._read_losses()
         if is_last:
             self.train_end = time.perf_counter()
+            self.team.copy_first(self.trainer.network.buffers())  # without sync_batch_norm each has its own
             self.at_train_end = self._pending()
         if self.trainer.updated:  # never inside an accumulation
             self._commit_if_due()
 
     def on_valid_batch_end(self, batch_number: int, logs: dict[str, Any]) -> None:
         self.run.beat(self.at.total_steps)
-        if self.stop.signal:
-            self._commit_if_due()
+        self._commit_if_due()
 
     def on_epoch_end(self, epoch_number: int, logs: dict[str, Any]) -> None:
         at, seconds = self.at, max(self.train_end - self.began, 1e-9)
@@ -679,7 +769,7 @@ class Commits(poutyne.Callback):
         if at.history:
             self.run.write_history(at.history)
         if at.history and at.step == 0 and at.best["epoch"] == at.epoch:
-            write_checkpoint(self.run.path / "best.pt", {"epoch": at.epoch, "network": weights})
+            self.run.write_best({"epoch": at.epoch, "network": weights})
         self.commit_s += time.perf_counter() - began
 
     def _read_losses(self) -> None:
@@ -690,7 +780,7 @@ class Commits(poutyne.Callback):
             step = self.read_until + int(bad[0]) + 1
             self._fail(f"the loss is {losses[bad[0]].item()}", step)
         self.read_until = self.at.step
-        if len(losses):
+        if len(losses) and self.tensorboard:
             self.tensorboard.add_loss(self.at.total_steps, float(losses.mean()))
 
     def _fail(self, what: str, step: int) -> NoReturn:
@@ -701,14 +791,18 @@ class Commits(poutyne.Callback):
 
     def _pending(self) -> dict[str, Any]:
         """What an epoch under way has gathered, and the random numbers' state."""
-        return {"loss": self.trainer.loss.pending(), "metrics": self.trainer.metrics.pending(), "rng": get_rng()}
+        device = next(self.trainer.network.parameters()).device
+        loss, metrics = self.trainer.loss.pending(), self.trainer.metrics.pending()
+        return {"loss": loss, "metrics": metrics, "rng": get_rng(device)}
 
     def _commit_if_due(self) -> None:
         at = self.at
-        is_stop = self.stop.signal or (self.stop_at and at.total_steps >= self.stop_at)
-        is_due = (self.commit_steps and at.total_steps - self.committed_step >= self.commit_steps) or (
-            self.commit_seconds and time.monotonic() - self.committed_time > self.commit_seconds
+        waited = time.monotonic() - self.committed_time
+        signal, rank, is_late = self.team.agree(
+            self.stop.signal, self.commit_seconds is not None and waited > self.commit_seconds
         )
+        is_stop = signal or (self.stop_at and at.total_steps >= self.stop_at)
+        is_due = is_late or (self.commit_steps and at.total_steps - self.committed_step >= self.commit_steps)
         if is_stop or is_due:
             # During validation the sums are those of the valid split: take what the training left.
             pending = self.at_train_end or self._pending()
@@ -717,7 +811,9 @@ class Commits(poutyne.Callback):
             at.seconds = self.seconds_before + time.perf_counter() - self.began
             self._commit(pending)
         where = f" in epoch {self.epoch}, after step {at.step}; all is saved: go on with training_loop.reload=True"
-        self.stop.raise_if_asked(where)
+        if signal:
+            self.stop.signal = signal
+            self.stop.raise_if_asked(f", sent to rank {rank}," + where if self.team.size > 1 else where)
         if is_stop:
             raise Stopped(f"stopped by stop_at{where}", 0)
 
@@ -731,6 +827,7 @@ class Commits(poutyne.Callback):
                 **vars(self.at),
                 "network": network.state_dict(),
                 "averaged": self.trainer.averaged.state_dict() if self.trainer.averaged is not None else {},
+                "n_averaged": self.trainer.n_averaged,
                 "optimizer": self.trainer.optimizer.state_dict(),
                 "callbacks": [[type(c).__name__, plain(external.state_dict(c))] for c in self.callbacks],
                 **pending,
@@ -750,24 +847,24 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def get_rng() -> dict[str, Any]:
-    """The state of all generators of random numbers."""
+def get_rng(device: torch.device) -> dict[str, Any]:
+    """The state of all generators of random numbers, that of the device too."""
     version, numbers, gauss = random.getstate()
     numpy_state: Any = np.random.get_state(legacy=True)
     kind, keys, *rest = numpy_state
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "python": [version, list(numbers), gauss],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
     }
 
 
-def set_rng(state: Mapping[str, Any]) -> None:
-    """Puts back what `get_rng` returned; a run may go on with another number of GPUs."""
+def set_rng(state: Mapping[str, Any], device: torch.device) -> None:
+    """Puts back what `get_rng` returned; a run may go on with another device."""
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = state["numpy"]

@@ -8,18 +8,33 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from src.config import Refused
-from src.data.augment import Augmentation, send
+from src.data.augment import Augmentation, Draw, send
 
 
 class Unavailable(Refused):
     """Data that cannot be had now. first_available goes on to the next."""
+
+
+class Part(NamedTuple):
+    """The rows of each batch that a process has, of several that share it: run `rank` of `of` nearly equal runs."""
+
+    rank: int = 0
+    of: int = 1
+
+    def rows(self, n: int) -> slice:
+        """Its rows of a batch of n."""
+        return slice(n * self.rank // self.of, n * (self.rank + 1) // self.of)
+
+    def n_rows(self, n: int) -> int:
+        """How many they are."""
+        return n * (self.rank + 1) // self.of - n * self.rank // self.of
 
 
 class TensorSplit:
@@ -27,11 +42,12 @@ class TensorSplit:
 
     x: [N, C, H, W], uint8 or float. y: [N], int64. n_workers: for StreamSplit, which reads in processes.
     mean, std: of each channel of x (scaled to 0..1 if uint8); the batches are normalised by them.
-    augment: functions (x, generator) -> x for training, before normalisation; see augment.py.
+    augment: functions (x, draw) -> x for training, before normalisation; see augment.py.
     """
 
     n_workers: int | None = None
     memory_format = torch.contiguous_format
+    part = Part()
 
     def __init__(
         self,
@@ -60,10 +76,14 @@ class TensorSplit:
         device: torch.device | str,
         n_workers: int | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
+        part: Part = Part(),  # noqa: B008  (it is immutable)
     ) -> Self:
-        """The same split with all tensors on `device`, read by so many processes, its batches in that format."""
+        """The same split with all tensors on `device`, read by so many processes, its batches in that format.
+
+        Of each batch it gives the rows of `part`.
+        """
         moved = copy.copy(self)
-        moved.n_workers, moved.memory_format = n_workers, memory_format
+        moved.n_workers, moved.memory_format, moved.part = n_workers, memory_format, part
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(moved, name, value.to(device))
@@ -80,19 +100,28 @@ class TensorSplit:
         order = None if seed is None else torch.randperm(len(self), generator=_generator(seed, epoch))
         for k, (x, y) in enumerate(self._gather(batch_size, order, start), start):
             if seed is not None and self.augment:
-                generator = _generator(seed, epoch, k)
+                draw = self._draw(min(batch_size, len(self) - k * batch_size), _generator(seed, epoch, k))
                 for function in self.augment:
-                    x = function(x, generator)
+                    x = function(x, draw)
             # A copy, which may be changed in place. x * scale + shift is far slower for uint8.
             is_copy = order is not None and not self.augment  # an augmentation may give a view
             x = x.to(torch.float32, copy=not is_copy, memory_format=self.memory_format)
             yield (x.mul_(self.scale).add_(self.shift) if self.is_scaled else x), y
 
-    def _gather(self, batch_size: int, order: Tensor | None, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows of x and y in batches from the `start`-th on, in the order, on the device."""
-        order = order if order is None else send(order, self.x.device)
+    def _draw(self, n: int, generator: Generator) -> Draw:
+        """Gives our rows of random numbers that are drawn for the global batch of n."""
+        return lambda *shape: torch.rand(n, *shape, generator=generator)[self.part.rows(n)]
+
+    def _rows(self, batch_size: int, start: int) -> Iterator[slice]:
+        """Our rows of the order, batch by batch."""
         for first in range(start * batch_size, len(self), batch_size):
-            rows = slice(first, first + batch_size)
+            own = self.part.rows(min(batch_size, len(self) - first))
+            yield slice(first + own.start, first + own.stop)
+
+    def _gather(self, batch_size: int, order: Tensor | None, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Our rows of x and y in batches from the `start`-th on, in the order, on the device."""
+        order = order if order is None else send(order, self.x.device)
+        for rows in self._rows(batch_size, start):
             if order is None:
                 yield self.x[rows], self.y[rows]
             else:
@@ -105,14 +134,15 @@ class Batches:
 
     Without __len__: Poutyne would cycle a sized iterable to fill an epoch. seed None: the split in
     order and not augmented, for validation; else `begin` says which epoch the next iteration is.
-    n_batches: of a whole epoch. waited: seconds that the current iteration took to give its batches.
+    n_batches: of a whole epoch. n: images in the batch that was given last, the rows of other processes included.
+    waited: seconds that the current iteration took to give its batches.
     """
 
     def __init__(self, split: TensorSplit, batch_size: int, seed: int | None = None, limit: int | None = None) -> None:
         self.split, self.batch_size, self.seed = split, batch_size, seed
         n_batches = math.ceil(len(split) / batch_size)
         self.n_batches = min(n_batches, limit or n_batches)
-        self.waited = 0.0
+        self.n, self.waited = 0, 0.0
         self.begin(epoch=0, start=0)
 
     def begin(self, epoch: int, start: int) -> None:
@@ -126,9 +156,9 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.waited = 0.0
         batches = self.split.batches(self.batch_size, seed=self.seed, epoch=self.epoch, start=self.start)
-        for _ in range(self.start, self.n_batches):
+        for k in range(self.start, self.n_batches):
             began = time.perf_counter()
-            batch = next(batches)
+            self.n, batch = self.n_images(k, k + 1), next(batches)
             self.waited += time.perf_counter() - began
             yield batch
 

@@ -35,7 +35,7 @@ class StreamSplit(TensorSplit):
 
     def _gather(self, batch_size: int, order: Tensor | None, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.arange(len(self)) if order is None else order
-        batches = [order[k : k + batch_size] for k in range(start * batch_size, len(self), batch_size)]
+        batches = [order[rows] for rows in self._rows(batch_size, start)]
         loader = DataLoader(
             _Rows(self.items, self.read),
             sampler=batches,  # a batch of rows is one sample
@@ -54,7 +54,9 @@ class _Rows(Dataset[Tensor]):
         self.items, self.read = items, read
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        return torch.stack([self.read(self.items[row]) for row in rows.tolist()])
+        # Of several processes one may have no row of the last, small batch.
+        images = [self.read(self.items[row]) for row in rows.tolist()]
+        return torch.stack(images) if images else self.read(self.items[0])[None][:0]
 
 
 def _leave_signals_to_parent(worker: int) -> None:
@@ -64,5 +66,6 @@ def _leave_signals_to_parent(worker: int) -> None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use: those of the machine, the job or the container's mask."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: those of the machine, the job or the container's mask, shared with its team."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from src.config import Refused
-from src.data.augment import random_crop, random_flip
+from src.data.augment import Draw, random_crop, random_flip
 from src.data.dataset import Batches, TensorSplit, data_dir, fingerprint, first_n, shown, stratified_split
 
 
@@ -98,7 +98,7 @@ def test_batches_of_an_epoch(limit: int | None) -> None:
 
 
 def test_batches_measure_the_wait_for_data() -> None:
-    def slow(x: Tensor, generator: torch.Generator) -> Tensor:
+    def slow(x: Tensor, draw: Draw) -> Tensor:
         time.sleep(0.02)
         return x
 

@@ -1,0 +1,262 @@
+"""Several processes that train one model, started by torchrun: which rows each has, what they share, how they agree.
+
+The global batch is that of a single process. Rank r takes its rows of it; gradients, losses and outputs are put
+together so that the numbers are those of a single process, too. Every wait ends after TIMEOUT.
+"""
+
+import copy
+import ctypes
+import math
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from src.config import Failed
+from src.data.dataset import Part
+from src.stop import Stopped, StopRequest
+
+TIMEOUT = timedelta(minutes=10)
+SIGNAL_BASE = 1000  # a stop that is agreed on: rank * SIGNAL_BASE + signal
+LOST = ("gloo", "NCCL", "onnection", "Timed out", "Broken pipe", "store", "peer")  # what errors of a wait speak of
+DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)  # a mask times the input, drawn row by row
+
+
+class Team:
+    """The processes of a run, of which this is rank `rank`; for one alone nothing here does anything."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.part = Part(rank, size)
+        self.size = size
+        self.members: list[tuple[str, int]] = []  # host and process of each, once they have met
+        self._asked: tuple[Any, Tensor] | None = None
+
+    def start(self, device: torch.device) -> None:
+        """Meets the others: gloo for tensors on the CPU, nccl for those on GPUs."""
+        if self.size == 1:
+            return
+        if sys.platform == "linux":  # an agent that is killed takes its processes with it, saved
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))  # type: ignore[attr-defined]
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # its store still has the addresses of before a restart
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        members: list[Any] = [None] * self.size
+        dist.all_gather_object(members, (socket.gethostname(), os.getpid()))
+        self.members = members
+
+    def end(self) -> None:
+        """Parts, together: from here on each process is alone."""
+        if self.members:
+            if self._asked:
+                self._asked[0].wait()
+            dist.barrier()
+            dist.destroy_process_group()
+            self.members = []
+
+    def share(self, value: Any) -> Any:
+        """The first process's value, for all."""
+        if self.members:
+            box = [value]
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+            value = box[0]
+        return value
+
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Gives all processes the first one's values of the tensors."""
+        for tensor in tensors if self.members else ():
+            dist.broadcast(tensor, src=0)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes, of tensors of one shape."""
+        if self.members:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Whole batches, of so many rows, from this process's rows of each of them."""
+        if not self.members:
+            return list(parts)
+        counts = [[Part(rank, self.size).n_rows(n) for n in sizes] for rank in range(self.size)]
+        own = torch.cat(list(parts))
+        padded = own.new_zeros(max(map(sum, counts)), *own.shape[1:])  # all must send as much
+        padded[: len(own)] = own
+        received = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(received, padded)
+        split = [torch.split(rows[: sum(c)], c) for rows, c in zip(received, counts, strict=True)]
+        return [torch.cat(batch) for batch in zip(*split, strict=True)]
+
+    def agree(self, signal: int, is_due: bool) -> tuple[int, int, bool]:
+        """A signal, or 0, the rank that got it, and whether a commit is due: the same answer for all.
+
+        All call it in turn. Several processes get what was said a call before, so that nobody waits for an answer.
+        """
+        if not self.members:
+            return signal, 0, is_due
+        before, said = self._asked, torch.tensor([self.part.rank * SIGNAL_BASE + signal if signal else 0, is_due])
+        self._asked = dist.all_reduce(said, dist.ReduceOp.MAX, async_op=True), said
+        if before is None:
+            return 0, 0, False
+        before[0].wait()
+        coded, due = before[1].tolist()
+        return coded % SIGNAL_BASE, coded // SIGNAL_BASE, bool(due)
+
+    @contextmanager
+    def watching(self, stop: StopRequest) -> Iterator[None]:
+        """Raises Failed, which names it if it was here, when another process of the run has ended or hangs."""
+        try:
+            yield
+        except (RuntimeError, Stopped) as error:
+            # torchrun sends a signal, too, which may come in the middle of the error.
+            cause = error.__context__ if isinstance(error, Stopped) else error
+            if not self.members or not isinstance(cause, RuntimeError) or not any(w in str(cause) for w in LOST):
+                raise
+            until = time.monotonic() + 2  # the system may be a moment behind
+            with stop.deferred():
+                while not (ended := self.ended()) and time.monotonic() < until:
+                    time.sleep(0.05)
+            raise Failed(
+                f"{ended or 'a process of the run, on another machine or hanging,'} has ended or does not answer; "
+                "its stderr.rankN.txt may say why. What was committed is intact: go on with training_loop.reload=True"
+            ) from None
+
+    def ended(self) -> str:
+        """Names those of the processes on this machine that are no more."""
+        here = socket.gethostname()
+        members = enumerate(self.members)
+        return ", ".join(
+            f"rank {rank} (process {pid})" for rank, (host, pid) in members if host == here and _ended(pid)
+        )
+
+
+ALONE = Team()
+
+
+def team_of_environment() -> Team:
+    """The processes that torchrun has started, or one alone."""
+    return Team(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def _ended(pid: int) -> bool:
+    with suppress(OSError):  # no such file on macOS
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+class GlobalBatch(TorchFunctionMode):
+    """While it is active, dropout and batch norm treat a process's rows as rows of the global batch.
+
+    Dropout draws the mask of the global batch, and keeps its own rows of it: all processes have the same state of
+    their random numbers, that of a single process. Batch norm on a CPU, where torch has no synchronised one, takes
+    mean and variance over the rows of all. Call `begin` before each batch.
+    """
+
+    def __init__(self, part: Part, sync_batch_norm: bool) -> None:
+        super().__init__()
+        self.part, self.sync_batch_norm = part, sync_batch_norm
+        self.begin(0)
+
+    def begin(self, n: int) -> None:
+        """The next forward is of rows of a batch of n."""
+        self.n = n
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in DROPOUTS:
+            return self._dropout(func, *args, **kwargs)
+        if func is F.batch_norm and self.sync_batch_norm:
+            return self._batch_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _dropout(
+        self, draw: Callable[..., Tensor], x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        own, n_own = self.part.rows(self.n), self.part.n_rows(self.n)
+        repeats = len(x) // n_own if n_own else 1  # several rows an image, such as tokens
+        if not training or p == 0 or len(x) != repeats * n_own:  # the last: no rows of images
+            return draw(x, p, training, inplace)
+        mask = draw(x.new_ones(self.n * repeats, *x.shape[1:]), p)
+        return x * mask[own.start * repeats : own.stop * repeats]
+
+    def _batch_norm(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if not training:
+            return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+        n_own = self.part.n_rows(self.n)
+        n = self.n * (len(x) // n_own if n_own else 1) * math.prod(x.shape[2:])
+        columns, others = (1, -1) + (1,) * (x.ndim - 2), [0, *range(2, x.ndim)]
+        mean: Tensor = _Sum.apply(x.sum(others)) / n
+        centred = x - mean.view(columns)
+        variance: Tensor = _Sum.apply((centred * centred).sum(others)) / n
+        if running_mean is not None and running_var is not None:
+            running_mean.lerp_(mean.detach(), momentum)
+            running_var.lerp_(variance.detach() * n / (n - 1), momentum)
+        scale = (variance + eps).rsqrt()
+        y = centred * (scale if weight is None else scale * weight).view(columns)
+        return y if bias is None else y + bias.view(columns)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(context: Any, own: Tensor) -> Tensor:
+        total = own.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        return _Sum.forward(context, gradients[0])
+
+
+def unreached_draws(network: nn.Module, x: Tensor) -> bool:
+    """Whether training draws random numbers in another way than by dropout: stochastic depth, attention's dropout."""
+
+    class WithoutDropout(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return args[0] if func in DROPOUTS else func(*args, **(kwargs or {}))
+
+    def draws() -> list[Tensor]:
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(x.device)] if x.device.type == "cuda" else [])]
+
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.no_grad(), WithoutDropout():
+        before = draws()
+        copy.deepcopy(network).train()(x)
+        return not all(map(torch.equal, before, draws()))
+
+
+def norms_of_one_process(network: nn.Module) -> list[str]:
+    """Names of the layers that take mean and variance over the rows of one process, if nothing is done."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    return [name for name, m in network.named_modules() if isinstance(m, kinds) and not isinstance(m, nn.SyncBatchNorm)]
