@@ -10,6 +10,7 @@ Exit codes: 0 nothing that counts differs; 1 something differs; 2 refused.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,4 +92,5 @@ def installed(run: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it
     sys.exit(main(sys.argv))

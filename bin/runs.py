@@ -11,6 +11,7 @@ Exit codes: 0 done; 2 refused.
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,4 +78,5 @@ def prune(runs: list[Path], *, delete: bool) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it
     sys.exit(main(sys.argv))

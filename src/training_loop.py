@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import src.models  # noqa: F401  (registers the models)
-from src.callbacks import external, poutyne
+from src.callbacks import WarmupCosine, external, poutyne
 from src.callbacks.profile import Profile
 from src.callbacks.progress import Progress
 from src.callbacks.tensorboard import TensorBoard
@@ -211,6 +211,13 @@ def training_loop(
     refuse_unknown_monitors(monitor, built_callbacks, trainer.metrics.names)
     for callback in built_callbacks:
         external.try_callback(callback, build(optimizer, params=[nn.Parameter(torch.zeros(1))]))
+    n_steps = n_epochs * math.ceil(train.n_batches / accumulate)
+    for callback in built_callbacks:
+        if isinstance(callback, WarmupCosine) and callback.total_steps < n_steps:
+            run.warn(
+                f"WarmupCosine.total_steps = {callback.total_steps}, but {n_epochs} epochs have {n_steps} optimizer "
+                f"steps: in the rest the learning rate stays at {callback.final:g} of the optimizer's"
+            )
     print(try_one_batch(trainer, dataset.n_classes))
     facts: dict[str, Any] = {
         "data": describe(dataset),

@@ -21,6 +21,7 @@ from benchmarks.kill import run_difference
 from src import results
 from src.data.augment import random_crop, random_flip
 from src.data.dataset import Batches, Part, TensorSplit
+from src.data.stream import StreamSplit
 from src.distributed import GlobalBatch, norms_of_one_process, unreached_draws
 from src.run import read_meta
 from tests.conftest import ROOT, SMALL
@@ -93,6 +94,23 @@ def test_the_rows_of_all_are_the_batch_of_one_augmented_alike(n, batch, of, star
             torch.cat([own for _, own in rows]), y
         )
         assert {batches.n for batches in parts} == {len(y)}
+
+
+def read_id(name: str) -> torch.Tensor:
+    return torch.full((3, 2, 2), int(name), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("n, batch, of", [(23, 4, 2), (25, 8, 3), (9, 4, 4), (7, 7, 2), (5, 2, 3)])
+def test_streamed_samples_are_read_once_in_an_epoch_by_all_together(n, batch, of):
+    split = StreamSplit([str(k) for k in range(n)], torch.arange(n), read_id)
+    parts = [Batches(split.to("cpu", 0, part=Part(rank, of)), batch, seed=5) for rank in range(of)]
+    for epoch in (1, 2):
+        for batches in parts:
+            batches.begin(epoch, 0)
+        each = [list(batches) for batches in parts]
+        assert {len(batches) for batches in each} == {-(-n // batch)}  # all make the same steps
+        ids = [round(255 * x[0, 0, 0].item()) for batches in each for xs, ys in batches for x in xs]
+        assert sorted(ids) == list(range(n)) == sorted(int(y) for batches in each for _, ys in batches for y in ys)
 
 
 @pytest.mark.parametrize("draw", [F.dropout, F.dropout2d])
@@ -250,6 +268,23 @@ def test_a_killed_rank_ends_the_run_by_name_or_it_goes_on_by_itself(place, resta
         assert run_difference(Path("calm"), Path("run")) is None
         assert len(read_meta(Path("run"))["starts"]) == 2
     assert not processes_in(place)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_run_after_the_time_limit(place):
+    Path("parts.py").write_text(
+        "import datetime\nfrom src import distributed\ndistributed.TIMEOUT = datetime.timedelta(seconds=5)\n"
+    )
+    Path("short.gin").write_text(f"import parts\n{SMALL}")
+    process = start("run", "training_loop.n_epochs=40;training_loop.batch_size=10", config="short.gin")
+    wait_for(Path("run/history.csv").exists, 60)
+    first = read_meta(Path("run"))["starts"][0]["pid"]
+    hanging = next(pid for pid in processes_in(place) if parent(pid) == process.pid and pid != first)
+    os.kill(hanging, signal.SIGSTOP)
+    wait_for(lambda: read_meta(Path("run"))["status"] == "failed", 30)
+    assert "has ended or does not answer" in Path("run/stderr.txt").read_text()
+    os.kill(hanging, signal.SIGKILL)  # torchrun would do it half a minute later
+    end(process, code=1, seconds=60)
 
 
 def parent(pid: int) -> int:

@@ -111,7 +111,7 @@ def progress(run: Path, state: str) -> str:
             return (run / "stderr.txt").read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
         history, n_epochs = load_history(run), int(load_config(run)["training_loop.n_epochs"])
         done = f"epoch {len(history)}/{n_epochs}"
-        if state == "finished" or not history:
+        if state not in ("running", "stalled") or not history:
             return done
         left = (n_epochs - len(history)) * history[-1]["time"]
         return f"{done}  {history[-1]['images_per_s']:,.0f} images/s  {left:.0f} s left"
