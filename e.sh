@@ -53,7 +53,7 @@ if [ "${BASH_SOURCE-}" = "$0" ] && [ "$1" = _environment ]; then
     say() { printf 'e.sh: %s\n' "$*" >&2; }
 
     # conda lists the environments it has made in ~/.conda/environments.txt.
-    read -r _ name < e.yml # name: vanilla-pytorch
+    read -r _ name < e.yml # name: NAME
     list=${HOME-}/.conda/environments.txt
     [ -r "$list" ] || list=/dev/null
     while IFS= read -r prefix; do
