@@ -21,7 +21,7 @@ import gin
 from gin import config_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-LOOP_SUPPLIES = ("input_shape", "n_classes", "params", "parameters")
+LOOP_SUPPLIES = ("input_shape", "n_classes", "params", "parameters", "parts")
 
 
 class Failed(Exception):

@@ -21,7 +21,7 @@ from src.run import OWN, is_locked, read_checkpoint, read_flat, read_meta, write
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import nn
+    from torch import Tensor, nn
 
     from src.data.dataset import Data
 
@@ -352,8 +352,8 @@ def _load(run: Path, weights: str) -> tuple["nn.Module", dict[str, Any]]:
 
 def evaluate(
     run: str | Path, split: str = "test", data: "Data | None" = None, device: str | None = None
-) -> tuple[dict[str, Any], list[tuple[int, int, float]]]:
-    """The metrics of the best weights on a split, and label, prediction and probability of each image.
+) -> tuple[dict[str, Any], "Tensor", "Tensor"]:
+    """The metrics of the best weights on a split, its targets y [N, ...] and the network's outputs [N, ...].
 
     Args:
         run: its folder.
@@ -384,7 +384,7 @@ def evaluate(
         raise Refused(
             f"{path}: the data here is not the run's (fingerprint {data.fingerprint[:12]}, not {expected[:12]})"
         )
-    outputs, labels = [], []
+    outputs, targets = [], []
     part = {"train": data.train, "valid": data.valid, "test": data.test}[split]
     part = part.to(place, settings["n_workers"], memory_format)
     with torch.inference_mode():
@@ -392,20 +392,20 @@ def evaluate(
             output = network(x)
             loss.of(output, y, len(y))
             metrics.update(output, y, len(y))
-            outputs.append(output.softmax(dim=1))
-            labels.append(y)
-    probability, prediction = torch.cat(outputs).max(dim=1)
+            outputs.append(output)
+            targets.append(y)
     values = {name: float(value) for name, value in metrics.compute().items()}
     return (
         {"split": split, "n": sum(loss.sizes), "epoch": state["epoch"], "loss": float(loss.compute()), **values},
-        list(zip(torch.cat(labels).tolist(), prediction.tolist(), probability.tolist(), strict=True)),
+        torch.cat(targets),
+        torch.cat(outputs),
     )
 
 
 def test_once(run: Path, data: "Data") -> None:
     """Writes eval_results.json, the test metrics of the best weights, unless it is there."""
     if not (run / "eval_results.json").exists():
-        metrics, _ = evaluate(run, "test", data)
+        metrics = evaluate(run, "test", data)[0]
         write(run / "eval_results.json", json.dumps(metrics, indent=2) + "\n")
         print("test  " + one_line(metrics))
 

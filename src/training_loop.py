@@ -75,6 +75,7 @@ def training_loop(
     data: Callable[..., Data],
     model: Callable[..., nn.Module],
     optimizer: Callable[..., torch.optim.Optimizer],
+    trainer: Callable[..., poutyne.Model] | None = None,
     loss: Callable[..., nn.Module] = nn.CrossEntropyLoss,
     metrics: Sequence[Callable[..., nn.Module]] = (Accuracy,),
     callbacks: Sequence[Callable[..., poutyne.Callback]] = (),
@@ -113,6 +114,7 @@ def training_loop(
         data, model, optimizer, loss, metrics, callbacks: what builds them, uncalled: the loop
             seeds, then builds. It supplies input_shape and n_classes, the optimizer's params, and
             parameters to callbacks that ask for them.
+        trainer: a subclass of Trainer with a step of its own; None: Trainer.
         n_epochs: the run ends after this epoch; it may be raised later with reload=True.
         batch_size: images a batch; the last batch of an epoch may be smaller.
         accumulate: batches an optimizer step; their gradients make the mean over all their images.
@@ -192,7 +194,7 @@ def training_loop(
     trainable = [p for p in network.parameters() if p.requires_grad]
     train = Batches(dataset.train.to(place, n_workers, memory_format, team.part), batch_size, seed, steps_per_epoch)
     valid = Batches(dataset.valid.to(place, n_workers, memory_format, team.part), batch_size, limit=steps_per_epoch)
-    trainer = Trainer(
+    parts = Parts(
         network,
         build_optimizer(optimizer, trainable, fused),
         LossList(build(loss).to(place), team),
@@ -207,8 +209,9 @@ def training_loop(
         compile,
         sync_batch_norm,
     )
+    stepper: Trainer = build(trainer or Trainer, parts=parts)
     built_callbacks = [build(callback, parameters=trainable) for callback in callbacks]
-    refuse_unknown_monitors(monitor, built_callbacks, trainer.metrics.names)
+    refuse_unknown_monitors(monitor, built_callbacks, stepper.metrics.names)
     for callback in built_callbacks:
         external.try_callback(callback, build(optimizer, params=[nn.Parameter(torch.zeros(1))]))
     n_steps = n_epochs * math.ceil(train.n_batches / accumulate)
@@ -218,7 +221,7 @@ def training_loop(
                 f"WarmupCosine.total_steps = {callback.total_steps}, but {n_epochs} epochs have {n_steps} optimizer "
                 f"steps: in the rest the learning rate stays at {callback.final:g} of the optimizer's"
             )
-    print(try_one_batch(trainer, dataset.n_classes))
+    print(try_one_batch(stepper, dataset.n_classes))
     facts: dict[str, Any] = {
         "data": describe(dataset),
         "model": run.config.flat()["training_loop.model"][1:],
@@ -228,7 +231,7 @@ def training_loop(
         "monitor_mode": monitor_mode,
     }
     if team.size > 1:
-        warn_of_other_numbers(run, trainer, sync_batch_norm)
+        warn_of_other_numbers(run, stepper, sync_batch_norm)
     if init_from and not has_commit:
         facts["init_from"] = start_from(init_from, network)
 
@@ -236,7 +239,7 @@ def training_loop(
         state = team.share(run.open())
         at = Position.of(state)
         if state:
-            refuse_unfit(state, trainer)
+            refuse_unfit(state, stepper)
             run.config = run.config.set("training_loop.n_epochs", max(n_epochs, at.epoch))
             run.config = run.config.set("training_loop.init_from", run.began_from)
         for name, value in {"reload": False, "accept_changes": False, "stop_at": None}.items():
@@ -246,7 +249,7 @@ def training_loop(
     stop.raise_if_asked()
     tensorboard = TensorBoard(run.path, at.history, run.config.text(), hparams(run)) if isinstance(run, Run) else None
     commits = Commits(
-        run, stop, team, trainer, built_callbacks, tensorboard, at, state,
+        run, stop, team, stepper, built_callbacks, tensorboard, at, state,
         monitor, monitor_mode, log_every, stop_at, commit_steps, commit_seconds,
     )  # fmt: skip
     if state and (at.stopped or at.epoch >= n_epochs):
@@ -258,7 +261,7 @@ def training_loop(
         where = f"{team.size} processes, {place.type}" if team.size > 1 else str(place)
         print(f"{run.path}: {facts['model']} on {dataset.name} ({len(dataset.train)} images), {where}, {begin}")
         with stop.deferred():
-            trainer.fit_generator(
+            stepper.fit_generator(
                 train,
                 valid,
                 epochs=n_epochs,
@@ -529,41 +532,54 @@ def accepted_settings(run: Run | Shadow, optimizer: torch.optim.Optimizer) -> di
 # --- the step -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What the loop builds a Trainer from; the last six as in `training_loop`."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: LossList
+    metrics: MetricList
+    batches: Batches  # of training
+    valid: Batches
+    team: Team
+    accumulate: int
+    clip_norm: float | None
+    ema_decay: float | None
+    precision: str
+    compile: bool
+    sync_batch_norm: bool
+
+
 class Trainer(poutyne.Model):
     """Poutyne's model with a step that never waits for the device.
 
     `updated` says whether the last batch ended in an optimizer step, for callbacks that count them. Of several
-    processes each has its rows of a batch; DistributedDataParallel averages the gradients.
+    processes each has its rows of a batch; DistributedDataParallel averages the gradients. A project's own step is a
+    subclass, registered with gin with denylist=["parts"], that overrides `_fit_batch`.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        loss: LossList,
-        metrics: MetricList,
-        batches: Batches,
-        valid: Batches,
-        team: Team,
-        accumulate: int,
-        clip_norm: float | None,
-        ema_decay: float | None,
-        precision: str,
-        compile: bool,
-        sync_batch_norm: bool,
-    ) -> None:
-        super().__init__(network, optimizer, loss, epoch_metrics=[(metrics.names, metrics)])
-        self.loss, self.metrics, self.batches, self.valid, self.team = loss, metrics, batches, valid, team
-        self.accumulate, self.clip_norm, self.precision, self.ema_decay = accumulate, clip_norm, precision, ema_decay
-        self.averaged = copy.deepcopy(network).eval() if ema_decay is not None else None
+    def __init__(self, parts: Parts) -> None:
+        network, optimizer, metrics, team = parts.network, parts.optimizer, parts.metrics, parts.team
+        super().__init__(network, optimizer, parts.loss, epoch_metrics=[(metrics.names, metrics)])
+        self.loss, self.metrics, self.batches, self.valid, self.team = (
+            parts.loss,
+            metrics,
+            parts.batches,
+            parts.valid,
+            team,
+        )
+        self.accumulate, self.clip_norm = parts.accumulate, parts.clip_norm
+        self.precision, self.ema_decay = parts.precision, parts.ema_decay
+        self.averaged = copy.deepcopy(network).eval() if self.ema_decay is not None else None
         self.n_averaged = 0  # optimizer steps in the average
-        self.forward = self.trained = torch.compile(network) if compile else network
+        self.forward = self.trained = torch.compile(network) if parts.compile else network
         if team.size > 1:
             parallel = nn.parallel.DistributedDataParallel
             known = inspect.signature(parallel).parameters  # torch 2.14 has renamed it
             buffers: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
             self.trained = parallel(self.forward, **buffers)
-            self.global_batch = GlobalBatch(team.part, sync_batch_norm)
+            self.global_batch = GlobalBatch(team.part, parts.sync_batch_norm)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.updated = True
 
@@ -583,6 +599,10 @@ class Trainer(poutyne.Model):
             old.copy_(new)
 
     def _fit_batch(self, x: Any, y: Any, *, callback: Any, step: int, **_: Any) -> tuple[Tensor, tuple[()], None]:
+        """One batch of training: forward, loss and metrics, backward and, if it is time, the optimizer's step.
+
+        x, y: our rows of it. Calls callback.on_backward_end(step), and returns the loss, (), None.
+        """
         k = self.batches.start + step - 1  # of the epoch; Poutyne counts from where it began
         first = k - k % self.accumulate
         after = min(first + self.accumulate, self.batches.n_batches)

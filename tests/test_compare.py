@@ -61,7 +61,7 @@ def test_a_copy_does_not_differ(runs, main, capfd):
 
 NEW_FINGERPRINT = edit("meta.json", '"fingerprint": "ecb23fc4', '"fingerprint": "00000000')
 DIFFERENCES = {
-    "setting": ("settings", "SGD.lr: 0.001 -> 0.1", edit("config.gin", "SGD.lr = 0.001", "SGD.lr = 0.1")),
+    "setting": ("settings", "SGD.lr: 0.05 -> 0.1", edit("config.gin", "SGD.lr = 0.05", "SGD.lr = 0.1")),
     "added": ("settings", "digits.flip: (not set) -> 1", edit("config.gin", "digits.p", "digits.flip = 1\ndigits.p")),
     "data": ("data", "fingerprint: ecb23fc4", NEW_FINGERPRINT),
     "code": ("code", "src/run.py", edit_code("src/run.py")),
@@ -106,7 +106,8 @@ def test_what_changes_no_result_is_named_and_does_not_count(runs, main, capfd, n
 
 
 def test_times_texts_and_tests_are_no_difference(runs, main, capfd):
-    edit("history.csv", "0.0636321339989081", "9.5")()
+    time = Path("b/history.csv").read_text().splitlines()[1].split(",")[1]
+    edit("history.csv", time, "9.5")()
     edit_code("README.md")()
     edit_code("tests/test_new.py")()
     assert main("compare", "a", "b") == 0
