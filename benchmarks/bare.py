@@ -30,7 +30,7 @@ head = nn.Flatten(), nn.Linear(128 * 16, 128), nn.ReLU(), nn.Dropout(0.0), nn.Li
 network = nn.Sequential(*blocks, *head).to(device, memory_format=torch.channels_last)
 if size > 1:
     torch.distributed.init_process_group("gloo")
-    network = nn.parallel.DistributedDataParallel(network)
+    network = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True)
 columns = torch.stack([torch.arange(32), torch.arange(31, -1, -1)]).to(device)
 for _ in range(n_epochs):

@@ -73,4 +73,9 @@ def train(run: Run | Shadow, stop: StopRequest) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    code = main(sys.argv)
+    if "RANK" in os.environ:  # gloo's threads may abort a process that takes itself apart
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

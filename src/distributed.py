@@ -6,12 +6,12 @@ together so that the numbers are those of a single process, too. Every wait ends
 
 import copy
 import ctypes
-import math
 import os
 import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -77,6 +77,17 @@ class Team:
             value = box[0]
         return value
 
+    def collect(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank."""
+        values = [value] * self.size
+        if self.members:
+            dist.all_gather_object(values, value)
+        return values
+
+    def largest(self, value: int) -> int:
+        """The largest of all processes' values."""
+        return max(self.collect(value)) if self.members else value
+
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
         """Gives all processes the first one's values of the tensors."""
         for tensor in tensors if self.members else ():
@@ -130,9 +141,12 @@ class Team:
             with stop.deferred():
                 while not (ended := self.ended()) and time.monotonic() < until:
                     time.sleep(0.05)
+            if not ended:
+                traceback.print_exception(cause)
             raise Failed(
-                f"{ended or 'a process of the run, on another machine or hanging,'} has ended or does not answer; "
-                "its stderr.rankN.txt may say why. What was committed is intact: go on with training_loop.reload=True"
+                f"{ended or 'a process of the run, on another machine or hanging,'} has ended or does not answer "
+                f"({str(cause).splitlines()[0][:120]}); its stderr.rankN.txt may say why. What was committed is "
+                "intact: go on with training_loop.reload=True"
             ) from None
 
     def ended(self) -> str:
@@ -196,7 +210,10 @@ class GlobalBatch(TorchFunctionMode):
         repeats = len(x) // n_own if n_own else 1  # several rows an image, such as tokens
         if not training or p == 0 or len(x) != repeats * n_own:  # the last: no rows of images
             return draw(x, p, training, inplace)
-        mask = draw(x.new_ones(self.n * repeats, *x.shape[1:]), p)
+        ones = x.new_ones(self.n * repeats, *x.shape[1:])
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):  # draws follow the memory's order
+            ones = ones.contiguous(memory_format=torch.channels_last)
+        mask = draw(ones, p)
         return x * mask[own.start * repeats : own.stop * repeats]
 
     def _batch_norm(
@@ -212,10 +229,11 @@ class GlobalBatch(TorchFunctionMode):
     ) -> Tensor:
         if not training:
             return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
-        n_own = self.part.n_rows(self.n)
-        n = self.n * (len(x) // n_own if n_own else 1) * math.prod(x.shape[2:])
+        kind, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 under autocast
         columns, others = (1, -1) + (1,) * (x.ndim - 2), [0, *range(2, x.ndim)]
-        mean: Tensor = _Sum.apply(x.sum(others)) / n
+        sums = _Sum.apply(torch.cat([x.sum(others), x.new_tensor([x.numel() / x.shape[1]])]))
+        n = sums[-1].detach()  # values a channel
+        mean: Tensor = sums[:-1] / n
         centred = x - mean.view(columns)
         variance: Tensor = _Sum.apply((centred * centred).sum(others)) / n
         if running_mean is not None and running_var is not None:
@@ -223,7 +241,7 @@ class GlobalBatch(TorchFunctionMode):
             running_var.lerp_(variance.detach() * n / (n - 1), momentum)
         scale = (variance + eps).rsqrt()
         y = centred * (scale if weight is None else scale * weight).view(columns)
-        return y if bias is None else y + bias.view(columns)
+        return (y if bias is None else y + bias.view(columns)).to(kind)
 
 
 class _Sum(torch.autograd.Function):
@@ -245,7 +263,8 @@ def unreached_draws(network: nn.Module, x: Tensor) -> bool:
 
     class WithoutDropout(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return args[0] if func in DROPOUTS else func(*args, **(kwargs or {}))
+            reached = func in DROPOUTS and args and len(args[0]) % len(x) == 0
+            return args[0] if reached else func(*args, **(kwargs or {}))
 
     def draws() -> list[Tensor]:
         return [torch.get_rng_state(), *([torch.cuda.get_rng_state(x.device)] if x.device.type == "cuda" else [])]

@@ -124,10 +124,11 @@ class MetricList(nn.Module):
     def compute(self) -> dict[str, Tensor]:
         """Each metric's value by its name."""
         self._feed()
-        return {
+        values = {
             name: metric.compute()  # type: ignore[operator]
             for name, metric in zip(self.names, self.metrics, strict=True)
         }
+        return values if self.team.size == 1 else self.team.share(values)  # GPUs may differ in the last bit
 
     def reset(self) -> None:
         self.waiting, self.sizes = [], []

@@ -48,7 +48,7 @@ def reproduce(run: Path, new: Path) -> None:
                 starter += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
             environment = os.environ | {"DATA_DIR": str(data_dir()), "OMP_NUM_THREADS": str(part["threads"])}
             code = subprocess.run([*starter, *command], env=environment).returncode
-        if code == 2 and k == 0:
+        if code and k == 0 and not new.exists():  # refused
             raise Refused(f"{run}: cannot be repeated, see above")
         if code:
             raise RuntimeError(f"{run}: its code failed with exit code {code}, see above")
@@ -74,7 +74,7 @@ def parts_of(starts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             parts[-1] |= start
         elif not parts:
             parts.append(dict(start))
-        elif "config" in start or "code" in start or parts[-1].get("processes") != start.get("processes"):
+        elif "config" in start or "code" in start or parts[-1].get("processes", 1) != start.get("processes", 1):
             parts.append({**parts[-1], **start})
     return parts
 

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import platform
+import re
 import socket
 import sys
 import time
@@ -86,7 +87,7 @@ class Run:
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             raise Refused(f"{path}: {place} cannot be written to: choose another folder for the run")
         names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-        foreign = sorted(names - BEFORE_META)
+        foreign = sorted(n for n in names - BEFORE_META if not re.fullmatch(r"std(out|err)\.rank\d+\.txt", n))
         if foreign and "meta.json" not in names:
             raise Refused(
                 f"{path}: holds files that are no run's ({', '.join(foreign[:3])}): choose a new or empty folder"
@@ -390,14 +391,15 @@ class Shadow:
         return None
 
     def close(self, status: str, exit_code: int, message: str) -> int:
-        """Returns the exit code. On the terminal it says what the first cannot know: a bug here, or a refusal on
-        another machine.
+        """Returns the exit code. On the terminal it says what the first cannot: a bug here, a refusal on another
+        machine, the end of the first.
         """
         if message:
             print(message.rstrip(), file=sys.stderr)
         if self.output:
             self.output.close()
-        if "Traceback" in message or (exit_code == 2 and os.environ.get("LOCAL_RANK") == "0"):
+        is_ours = "Traceback" in message or "rank 0 (process" in message
+        if is_ours or (exit_code == 2 and os.environ.get("LOCAL_RANK") == "0"):
             print(f"rank {self.rank}: {message.rstrip()}", file=sys.stderr)
         return exit_code
 

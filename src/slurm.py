@@ -33,7 +33,9 @@ WARNING = "--signal=B:USR1@120"  # seconds
 # A SIGTERM makes srun kill all at once; a SIGUSR1 it passes on, and so does torchrun, when it is told to.
 KEEP = 'trap "kill -USR1 \\$srun" INT TERM; setsid srun "$@" & srun=$!; '
 KEEP += "while wait $srun; code=$?; kill -0 $srun 2> /dev/null; do :; done; exit $code"
-SRUN = f"env TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 bash -c {shlex.quote(KEEP)} srun"
+# Without the second, agents would meet again at the addresses of before a restart.
+VARIABLES = "TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+SRUN = f"env {VARIABLES} bash -c {shlex.quote(KEEP)} srun"
 
 
 def add_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:

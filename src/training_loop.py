@@ -279,6 +279,7 @@ def training_loop(
                     ),
                 ],
             )
+        stop.signal = team.largest(stop.signal)
         stop.raise_if_asked()  # what is left may take long
     team.end()
     if tensorboard:
@@ -357,10 +358,16 @@ def find_device(name: str) -> torch.device:
 
     Raises Refused for a device that is not there.
     """
-    mps = torch.backends.mps.is_available()
+    n_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes
+    mps = torch.backends.mps.is_available() and n_here == 1
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
+    if n_here > 1 and name.startswith("cuda"):
+        if name != "cuda" or n_here > torch.cuda.device_count():
+            raise Refused(
+                f"training_loop.device = {name!r}: {n_here} processes need a GPU each, and {torch.cuda.device_count()} "
+                "are here: give torchrun another --nproc-per-node, or set training_loop.device='cpu'"
+            )
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -456,7 +463,8 @@ def try_one_batch(trainer: "Trainer", n_classes: int) -> str:
             if torch.as_tensor(value).numel() != 1:
                 raise Refused(f"the metric {metric} gives {torch.as_tensor(value).numel()} numbers: it must be one")
         trainer.metrics.reset()
-        if trainer.batches.n_images(trainer.batches.n_batches - 1, trainer.batches.n_batches) == 1:
+        n_last = trainer.batches.n_images(trainer.batches.n_batches - 1, trainer.batches.n_batches)
+        if n_last == 1 or (n_last // trainer.team.size <= 1 and not trainer.sync_batch_norm):
             try:
                 copy.deepcopy(trainer.network).train()(x[:1])
             except ValueError as error:  # batch norm cannot normalise a single value
@@ -474,8 +482,18 @@ def warn_of_other_numbers(run: Run | Shadow, trainer: "Trainer", sync_batch_norm
             f"batch norm takes mean and variance over the rows of each process ({', '.join(norms[:3])}): the numbers "
             "are not those of a single process, as they are with training_loop.sync_batch_norm=True"
         )
-    x, _ = next(trainer.batches.split.batches(trainer.batches.batch_size))
-    if unreached_draws(trainer.network, x.double() if trainer.precision == "fp64" else x):
+    x, y = next(trainer.batches.split.batches(trainer.batches.batch_size))
+    x = x.double() if trainer.precision == "fp64" else x
+    with torch.no_grad():
+        output, half, loss = copy.deepcopy(trainer.network).eval()(x), len(x) // 2, trainer.loss.function
+    if half:
+        parts = loss(output[:half], y[:half]) * half + loss(output[half:], y[half:]) * (len(x) - half)
+        if not torch.isclose(loss(output, y), parts / len(x), rtol=1e-3):
+            run.warn(
+                f"{type(loss).__name__} is no mean over rows (reduction, weights of classes, ignore_index, pairs): the "
+                "numbers are not those of a single process"
+            )
+    if unreached_draws(trainer.network, x):
         run.warn(
             f"{type(trainer.network).__name__} draws random numbers in another way than by dropout, such as stochastic "
             "depth or the dropout of attention: each process draws for its rows alone, and the numbers are not those "
@@ -571,6 +589,7 @@ class Trainer(poutyne.Model):
         )
         self.accumulate, self.clip_norm = parts.accumulate, parts.clip_norm
         self.precision, self.ema_decay = parts.precision, parts.ema_decay
+        self.sync_batch_norm = parts.sync_batch_norm
         self.averaged = copy.deepcopy(network).eval() if self.ema_decay is not None else None
         self.n_averaged = 0  # optimizer steps in the average
         self.forward = self.trained = torch.compile(network) if parts.compile else network
@@ -609,12 +628,19 @@ class Trainer(poutyne.Model):
         self.updated = k + 1 == after
         if k == first:
             self.optimizer.zero_grad()
-        alone = self.team.size == 1
-        with nullcontext() if alone or self.updated else self.trained.no_sync():  # type: ignore[attr-defined]
+        if self.team.size == 1:
             loss = self._compute_loss_and_metrics(x, y)[0]
-            if after - first > 1 or not alone:  # the mean over all images of the optimizer's step
-                loss = loss * (len(y) * self.team.size / self.batches.n_images(first, after))
+            own = self.loss.values[-1]
+            if after - first > 1:  # the mean over all images of the optimizer's step
+                loss = loss * (len(y) / self.batches.n_images(first, after))
             loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self.global_batch.begin(self.batches.n)
+            with self.global_batch, nullcontext() if self.updated else self.trained.no_sync():  # type: ignore[attr-defined]
+                loss = self._compute_loss_and_metrics(x, y)[0]
+                own = loss.detach()
+                loss = loss * (len(y) * self.team.size / self.batches.n_images(first, after))
+                loss.backward()  # type: ignore[no-untyped-call]
         callback.on_backward_end(step)
         if self.updated:
             if self.clip_norm is not None:
@@ -622,35 +648,25 @@ class Trainer(poutyne.Model):
             self.optimizer.step()
             if self.averaged is not None:
                 self._average()
-        return self.loss.values[-1], (), None
+        return own, (), None
 
     def _compute_loss_and_metrics(self, x: Any, y: Any, **_: Any) -> tuple[Tensor, tuple[()], None]:
         n = (self.batches if self.network.training else self.valid).n
-        output = self._output(x, n)
+        output = self._output(x)
         loss = self.loss.of(output, y, n)
         self.metrics.update(output.detach(), y, n)
         return loss, (), None
 
-    def _output(self, x: Tensor, n: int) -> Tensor:
-        """The network's for our rows of a batch of n."""
+    def _output(self, x: Tensor) -> Tensor:
         if self.precision == "fp64":
             x = x.double()
-        if not self.network.training:
-            network: Callable[[Tensor], Tensor] = self.forward if self.averaged is None else self.averaged
-        elif self.team.size > 1:
-            self.global_batch.begin(n)
-            network = self._trained_on_rows
-        else:
-            network = self.trained
+        network = self.trained if self.network.training else self.averaged or self.forward
         if self.precision == "bf16":
             with torch.autocast(x.device.type, torch.bfloat16):
-                return network(x).float()
-        return network(x)
-
-    def _trained_on_rows(self, x: Tensor) -> Tensor:
-        with self.global_batch:
-            output: Tensor = self.trained(x)
-        return output
+                x = network(x).float()
+        else:
+            x = network(x)
+        return x
 
 
 # --- commits --------------------------------------------------------------------------------------
@@ -729,7 +745,8 @@ class Commits(poutyne.Callback):
         if state["step"]:
             self.trainer.loss.load_pending(state["loss"], device)
             self.trainer.metrics.load_pending(state["metrics"], device)
-        set_rng(state["rng"], device)
+        rngs = state["rngs"]  # they differ where each process draws for its rows alone
+        set_rng(rngs[self.team.part.rank] if len(rngs) == self.team.size else rngs[0], device)
 
     def on_epoch_begin(self, epoch_number: int, logs: dict[str, Any]) -> None:
         self.epoch, step = epoch_number, self.at.step
@@ -757,7 +774,8 @@ class Commits(poutyne.Callback):
             self._read_losses()
         if is_last:
             self.train_end = time.perf_counter()
-            self.team.copy_first(self.trainer.network.buffers())  # without sync_batch_norm each has its own
+            # Without sync_batch_norm each has its own.
+            self.team.copy_first([*self.trainer.network.buffers(), *self.trainer.shown.buffers()])
             self.at_train_end = self._pending()
         if self.trainer.updated:  # never inside an accumulation
             self._commit_if_due()
@@ -783,6 +801,7 @@ class Commits(poutyne.Callback):
         if best is None or math.isnan(best) or (value > best if self.monitor_mode == "max" else value < best):
             at.best = {"epoch": epoch_number, "value": value}
         at.history.append(row)
+        self.trainer.stop_training = self.team.share(self.trainer.stop_training)
         at.epoch, at.step, at.seconds, at.stopped = epoch_number, 0, 0.0, self.trainer.stop_training
         self.commit_s = 0.0  # this epoch's own commit stands in the next row
         self._commit(self._pending())
@@ -820,14 +839,14 @@ class Commits(poutyne.Callback):
         """What an epoch under way has gathered, and the random numbers' state."""
         device = next(self.trainer.network.parameters()).device
         loss, metrics = self.trainer.loss.pending(), self.trainer.metrics.pending()
-        return {"loss": loss, "metrics": metrics, "rng": get_rng(device)}
+        return {"loss": loss, "metrics": metrics, "rngs": self.team.collect(get_rng(device))}
 
     def _commit_if_due(self) -> None:
         at = self.at
-        waited = time.monotonic() - self.committed_time
-        signal, rank, is_late = self.team.agree(
-            self.stop.signal, self.commit_seconds is not None and waited > self.commit_seconds
-        )
+        is_late = self.commit_seconds is not None and time.monotonic() - self.committed_time > self.commit_seconds
+        asks = is_late and not self.asked and self.team.part.rank == 0  # one clock, and once
+        self.asked |= asks
+        signal, rank, is_late = self.team.agree(self.stop.signal, asks)
         is_stop = signal or (self.stop_at and at.total_steps >= self.stop_at)
         is_due = is_late or (self.commit_steps and at.total_steps - self.committed_step >= self.commit_steps)
         if is_stop or is_due:
@@ -864,7 +883,7 @@ class Commits(poutyne.Callback):
         self.commit_s += time.perf_counter() - began
 
     def _remember_commit(self) -> None:
-        self.committed_step, self.committed_time = self.at.total_steps, time.monotonic()
+        self.committed_step, self.committed_time, self.asked = self.at.total_steps, time.monotonic(), False
 
 
 def peak_memory() -> float:

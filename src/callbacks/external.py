@@ -1,6 +1,7 @@
 """Callbacks of others by their names: torch's LR schedulers, and Poutyne's with their prefix."""
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,12 @@ MONITOR = inspect.Parameter("monitor", inspect.Parameter.KEYWORD_ONLY, default="
 NOT_OFFERED = ("LRScheduler", "SequentialLR", "ChainedScheduler")
 # Poutyne's callbacks that remember nothing a run needs to go on, beside its loggers.
 STATELESS = ("TerminateOnNaN", "LambdaCallback", "ClipNorm", "ClipValue")
+
+
+class Silent(poutyne.Callback):
+    """Does nothing."""
+
+    stateless = True
 
 
 def schedulers() -> list[str]:
@@ -49,6 +56,8 @@ def _register(name: str, module: str) -> None:
     callback = getattr(poutyne, name)
 
     def build(**settings: Any) -> Any:
+        if name.endswith("Logger") and os.environ.get("RANK", "0") != "0":  # of several processes the first logs
+            return Silent()
         return callback(**settings)
 
     # Poutyne's schedulers take any keyword; gin is told torch's, so that names are checked.
