@@ -454,6 +454,10 @@ def try_one_batch(trainer: "Trainer", n_classes: int) -> str:
                 f"{name} gives an output of shape {list(output.shape)} for a batch of shape {list(x.shape)}, "
                 f"but the data has {n_classes} classes: it must be [{len(x)}, {n_classes}]"
             )
+        if y.is_floating_point() and any(isinstance(m, Accuracy) for m in trainer.metrics.metrics):
+            raise Refused(
+                "Accuracy needs classes, but the targets are numbers: set training_loop.metrics to others, or []"
+            )
         try:
             trainer.loss.function(output, y)
         except (RuntimeError, ValueError, IndexError) as error:

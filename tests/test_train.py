@@ -225,3 +225,20 @@ def test_debug_settings_and_other_metrics(small, main):
     assert row["val_top3"] >= row["val_acc"] / 100
     test = json.loads(Path("a/eval_results.json").read_text())
     assert set(test) == {"split", "n", "epoch", "loss", "acc", "top3", "f1_score"}
+
+
+def test_accuracy_of_targets_that_are_numbers_is_refused(small, main, capfd, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("numbers_of.py").write_text(
+        "import gin\nfrom src.data import digits\n\n\n@gin.register\ndef numbers_of():\n    data = digits()\n"
+        "    for split in (data.train, data.valid, data.test):\n        split.y = split.y[:, None].float().expand(-1, 10)\n"
+        "    return data\n"
+    )
+    Path("b.gin").write_text("import numbers_of\ntraining_loop.data = @numbers_of\ntraining_loop.loss = @MSELoss\n")
+    assert main("train", "run", small, "b.gin") == 2
+    assert "Accuracy needs classes, but the targets are numbers" in capfd.readouterr().err
+    more = "training_loop.metrics=[];training_loop.monitor='val_loss';training_loop.monitor_mode='min'"
+    assert main("train", "run", small, "b.gin", "-b", more) == 0
+    assert main("evaluate", "run", "--predictions", "p.csv") == 0
+    header, first, *_ = Path("p.csv").read_text().splitlines()
+    assert header.startswith("index,target_0,") and header.endswith(",prediction_9") and len(first.split(",")) == 21

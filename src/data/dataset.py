@@ -173,7 +173,8 @@ def _generator(*key: int) -> Generator:
 class Data:
     """A data set as the training loop gets it.
 
-    input_shape: of one input, (C, H, W). fingerprint: of what is really used; see fingerprint().
+    input_shape: of one input, (C, H, W). n_classes: for targets that are numbers, how many an input has.
+    fingerprint: of what is really used; see fingerprint().
     choice: the place in first_available's list, if it was chosen from one.
     """
 
