@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Seconds an epoch of 1, 2 and 4 processes on this machine, beside DistributedDataParallel by hand.
 
-    benchmarks/scale.py --processes 1,2,4 --trials 7      # 10 minutes on 2 cores
+    benchmarks/scale.py --processes 1,2,4 --trials 7      # 20 minutes on 2 cores
 
 The small CNN on images of CIFAR-10's shape, crop, flip and validation, from the second epoch on; by hand: bare.py under
 torchrun, which splits each batch and normalises by the rows of each process. Ours is bin/train.py, without and with
@@ -58,7 +58,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", default="1,2,4")
     parser.add_argument("--trials", type=int, default=7)
-    parser.add_argument("--images", type=int, default=6400)
+    parser.add_argument("--images", type=int, default=12800)
     arguments = parser.parse_args()
     import torch
 

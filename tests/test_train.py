@@ -231,7 +231,8 @@ def test_accuracy_of_targets_that_are_numbers_is_refused(small, main, capfd, mon
     monkeypatch.syspath_prepend(tmp_path)
     Path("numbers_of.py").write_text(
         "import gin\nfrom src.data import digits\n\n\n@gin.register\ndef numbers_of():\n    data = digits()\n"
-        "    for split in (data.train, data.valid, data.test):\n        split.y = split.y[:, None].float().expand(-1, 10)\n"
+        "    for split in (data.train, data.valid, data.test):\n"
+        "        split.y = split.y[:, None].float().expand(-1, 10)\n"
         "    return data\n"
     )
     Path("b.gin").write_text("import numbers_of\ntraining_loop.data = @numbers_of\ntraining_loop.loss = @MSELoss\n")
