@@ -49,7 +49,7 @@ class Team:
             return
         if sys.platform == "linux":  # an agent that is killed takes its processes with it, saved
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if device.type == "cuda":
+        if device.index is not None:
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))  # type: ignore[attr-defined]

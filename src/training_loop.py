@@ -584,24 +584,20 @@ class Trainer(poutyne.Model):
     def __init__(self, parts: Parts) -> None:
         network, optimizer, metrics, team = parts.network, parts.optimizer, parts.metrics, parts.team
         super().__init__(network, optimizer, parts.loss, epoch_metrics=[(metrics.names, metrics)])
-        self.loss, self.metrics, self.batches, self.valid, self.team = (
-            parts.loss,
-            metrics,
-            parts.batches,
-            parts.valid,
-            team,
-        )
+        self.loss, self.metrics, self.team = parts.loss, metrics, team
+        self.batches, self.valid = parts.batches, parts.valid
         self.accumulate, self.clip_norm = parts.accumulate, parts.clip_norm
         self.precision, self.ema_decay = parts.precision, parts.ema_decay
         self.sync_batch_norm = parts.sync_batch_norm
         self.averaged = copy.deepcopy(network).eval() if self.ema_decay is not None else None
         self.n_averaged = 0  # optimizer steps in the average
-        self.forward = self.trained = torch.compile(network) if parts.compile else network
+        self.trained = torch.compile(network) if parts.compile else network
+        self.validated = self.trained if self.averaged is None else self.averaged
         if team.size > 1:
             parallel = nn.parallel.DistributedDataParallel
             known = inspect.signature(parallel).parameters  # torch 2.14 has renamed it
             buffers: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-            self.trained = parallel(self.forward, **buffers)
+            self.trained = parallel(self.trained, **buffers)
             self.global_batch = GlobalBatch(team.part, parts.sync_batch_norm)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.updated = True
@@ -664,7 +660,7 @@ class Trainer(poutyne.Model):
     def _output(self, x: Tensor) -> Tensor:
         if self.precision == "fp64":
             x = x.double()
-        network = self.trained if self.network.training else self.averaged or self.forward
+        network = self.trained if self.network.training else self.validated
         if self.precision == "bf16":
             with torch.autocast(x.device.type, torch.bfloat16):
                 x = network(x).float()

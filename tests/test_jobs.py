@@ -367,7 +367,7 @@ def test_killed_workers_and_launchers_change_nothing(place):
         Path(folder).mkdir()
         lines = [
             train_line(f"{folder}/lr={rate},seed={seed}", f"SGD.lr={rate}", f"training_loop.seed={seed}",
-                       "training_loop.batch_size=16", "training_loop.n_epochs=40")
+                       "training_loop.batch_size=16", "training_loop.n_epochs=60")
             for rate in (0.02, 0.05, 0.1) for seed in range(3)
         ]  # fmt: skip
         batch(*lines).rename(f"{folder}/batch.sh")
@@ -378,7 +378,7 @@ def test_killed_workers_and_launchers_change_nothing(place):
     options = ("--workers", 2, "--retry", 20)
     process = start(*options, path="killed/batch.sh")
     while victims.total() < 20:
-        time.sleep(rng.uniform(0.2, 2.0))
+        time.sleep(rng.uniform(0.1, 1.2))
         others = [pid for pid in processes_in(place) if pid != process.pid]
         if process.poll() is None and others and rng.random() < 0.7:
             with suppress(ProcessLookupError):  # it has just ended
@@ -399,7 +399,7 @@ def test_killed_workers_and_launchers_change_nothing(place):
 
     for job, undisturbed in zip(jobs, calm, strict=True):
         assert results.first_difference(job.run, undisturbed.run) is None
-        assert len(results.load_history(job.run)) == 40 and (job.run / "eval_results.json").exists()
+        assert len(results.load_history(job.run)) == 60 and (job.run / "eval_results.json").exists()
         assert [s["status"] for s in read_meta(job.run)["starts"]].count("finished") == 1
         said = job.path.with_suffix(".log").read_text()
         assert "is writing to this run" not in said  # no second process was ever started on a run
