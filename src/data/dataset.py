@@ -114,8 +114,10 @@ class TensorSplit:
 
     def _rows(self, batch_size: int, start: int) -> Iterator[slice]:
         """Our rows of the order, batch by batch."""
-        for first in range(start * batch_size, len(self), batch_size):
-            own = self.part.rows(min(batch_size, len(self) - first))
+        n, own = len(self), self.part.rows(batch_size)
+        for first in range(start * batch_size, n, batch_size):
+            if first + batch_size > n:
+                own = self.part.rows(n - first)
             yield slice(first + own.start, first + own.stop)
 
     def _gather(self, batch_size: int, order: Tensor | None, start: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -140,7 +142,8 @@ class Batches:
 
     def __init__(self, split: TensorSplit, batch_size: int, seed: int | None = None, limit: int | None = None) -> None:
         self.split, self.batch_size, self.seed = split, batch_size, seed
-        n_batches = math.ceil(len(split) / batch_size)
+        self.n_split = len(split)
+        n_batches = math.ceil(self.n_split / batch_size)
         self.n_batches = min(n_batches, limit or n_batches)
         self.n, self.waited = 0, 0.0
         self.begin(epoch=0, start=0)
@@ -151,7 +154,7 @@ class Batches:
 
     def n_images(self, first: int, after: int) -> int:
         """In the batches from `first` on, before `after`."""
-        return min(after * self.batch_size, len(self.split)) - first * self.batch_size
+        return min(after * self.batch_size, self.n_split) - first * self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.waited = 0.0
