@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -88,10 +88,11 @@ class Team:
         """The largest of all processes' values."""
         return max(self.collect(value)) if self.members else value
 
-    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+    def copy_first(self, tensors: Sequence[Tensor]) -> None:
         """Gives all processes the first one's values of the tensors."""
-        for tensor in tensors if self.members else ():
-            dist.broadcast(tensor, src=0)
+        if self.members:  # in one message: each costs a wait
+            for tensor, first in zip(tensors, self.share([t.cpu() for t in tensors]), strict=True):
+                tensor.copy_(first)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all processes, of tensors of one shape."""

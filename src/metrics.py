@@ -110,14 +110,13 @@ class MetricList(nn.Module):
         if len(self.waiting) == FEED_EVERY:
             self._feed()
 
-    def _whole(self) -> list[tuple[Tensor, Tensor]]:
+    def _whole(self, waiting: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """The batches that wait, with the rows of all."""
-        columns = zip(*self.waiting, strict=True)
-        return list(zip(*(self.team.gather(column, self.sizes) for column in columns), strict=True))
+        return list(zip(*(self.team.gather(column, sizes) for column in zip(*waiting, strict=True)), strict=True))
 
     def _feed(self) -> None:
         if self.waiting:
-            outputs, labels = (torch.cat(column) for column in zip(*self._whole(), strict=True))
+            outputs, labels = (torch.cat(column) for column in zip(*self._whole(self.waiting, self.sizes), strict=True))
             for metric in self.metrics:
                 metric.update(outputs, labels)  # type: ignore[operator]
             self.waiting, self.sizes = [], []
@@ -137,9 +136,14 @@ class MetricList(nn.Module):
             metric.reset()  # type: ignore[operator]
 
     def pending(self) -> dict[str, Any]:
-        """What a commit inside an epoch keeps."""
-        waiting = [(output.cpu(), y.cpu()) for output, y in self._whole()]
-        return {"metrics": copy.deepcopy(self.metrics.state_dict()), "waiting": waiting}
+        """What a commit inside an epoch keeps, but for the rows of the other processes: `complete` adds them."""
+        state = copy.deepcopy(self.metrics.state_dict())
+        return {"metrics": state, "waiting": list(self.waiting), "sizes": list(self.sizes)}
+
+    def complete(self, pending: Mapping[str, Any]) -> dict[str, Any]:
+        """What `pending` gave, with the rows of all, on the CPU."""
+        whole = self._whole(pending["waiting"], pending["sizes"])
+        return {"metrics": pending["metrics"], "waiting": [(output.cpu(), y.cpu()) for output, y in whole]}
 
     def load_pending(self, pending: Mapping[str, Any], device: torch.device) -> None:
         self.metrics.load_state_dict(pending["metrics"])

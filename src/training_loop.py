@@ -774,8 +774,8 @@ class Commits(poutyne.Callback):
             self._read_losses()
         if is_last:
             self.train_end = time.perf_counter()
-            # Without sync_batch_norm each has its own.
-            self.team.copy_first([*self.trainer.network.buffers(), *self.trainer.shown.buffers()])
+            networks = dict.fromkeys((self.trainer.network, self.trainer.shown))
+            self.team.copy_first([b for n in networks for b in n.buffers()])  # without sync_batch_norm each has its own
             self.at_train_end = self._pending()
         if self.trainer.updated:  # never inside an accumulation
             self._commit_if_due()
@@ -836,10 +836,9 @@ class Commits(poutyne.Callback):
         )
 
     def _pending(self) -> dict[str, Any]:
-        """What an epoch under way has gathered, and the random numbers' state."""
+        """What an epoch under way has gathered here, and the random numbers' state: a commit collects those of all."""
         device = next(self.trainer.network.parameters()).device
-        loss, metrics = self.trainer.loss.pending(), self.trainer.metrics.pending()
-        return {"loss": loss, "metrics": metrics, "rngs": self.team.collect(get_rng(device))}
+        return {"loss": self.trainer.loss.pending(), "metrics": self.trainer.metrics.pending(), "rng": get_rng(device)}
 
     def _commit_if_due(self) -> None:
         at = self.at
@@ -876,7 +875,9 @@ class Commits(poutyne.Callback):
                 "n_averaged": self.trainer.n_averaged,
                 "optimizer": self.trainer.optimizer.state_dict(),
                 "callbacks": [[type(c).__name__, plain(external.state_dict(c))] for c in self.callbacks],
-                **pending,
+                "loss": pending["loss"],
+                "metrics": self.trainer.metrics.complete(pending["metrics"]),
+                "rngs": self.team.collect(pending["rng"]),
             }
         )
         self._remember_commit()
