@@ -30,6 +30,8 @@ from src.stop import Stopped, StopRequest
 
 TIMEOUT = timedelta(minutes=10)
 SIGNAL_BASE = 1000  # a stop that is agreed on: rank * SIGNAL_BASE + signal
+AGREE_SECONDS = 0.2  # between two agreements, where steps are shorter: each costs a message to all
+AGREE_CALLS = 32  # at most between two, should steps become longer
 LOST = ("gloo", "NCCL", "onnection", "Timed out", "Broken pipe", "store", "peer")  # what errors of a wait speak of
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)  # a mask times the input, drawn row by row
 
@@ -42,6 +44,7 @@ class Team:
         self.size = size
         self.members: list[tuple[str, int]] = []  # host and process of each, once they have met
         self._asked: tuple[Any, Tensor] | None = None
+        self._is_due, self._calls, self._skip, self._agreed_at = False, 0, 0, 0.0
 
     def start(self, device: torch.device) -> None:
         """Meets the others: gloo for tensors on the CPU, nccl for those on GPUs."""
@@ -116,16 +119,26 @@ class Team:
     def agree(self, signal: int, is_due: bool) -> tuple[int, int, bool]:
         """A signal, or 0, the rank that got it, and whether a commit is due: the same answer for all.
 
-        All call it in turn. Several processes get what was said a call before, so that nobody waits for an answer.
+        All call it in turn. Several processes ask each other every AGREE_SECONDS, after a number of calls that they
+        agree on, too, and get what was said the time before, so that nobody waits for an answer.
         """
         if not self.members:
             return signal, 0, is_due
-        before, said = self._asked, torch.tensor([self.part.rank * SIGNAL_BASE + signal if signal else 0, is_due])
+        self._is_due |= is_due
+        self._calls += 1
+        if self._calls <= self._skip:
+            return 0, 0, False
+        seconds, self._agreed_at = time.monotonic() - self._agreed_at, time.monotonic()
+        skip = min(int(AGREE_SECONDS * self._calls / seconds), AGREE_CALLS - 1)
+        coded = self.part.rank * SIGNAL_BASE + signal if signal else 0
+        before, said = self._asked, torch.tensor([coded, self._is_due, -skip])
         self._asked = dist.all_reduce(said, dist.ReduceOp.MAX, async_op=True), said
+        self._is_due, self._calls = False, 0
         if before is None:
             return 0, 0, False
         before[0].wait()
-        coded, due = before[1].tolist()
+        coded, due, skip = before[1].tolist()
+        self._skip = -skip
         return coded % SIGNAL_BASE, coded // SIGNAL_BASE, bool(due)
 
     @contextmanager
