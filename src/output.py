@@ -173,7 +173,7 @@ def follow(parent: int, *files_and_offsets: int) -> None:
     clear = CLEAR_LINE  # a progress bar may stand there, but not behind a part of a line
     running = True
     while running and offsets:
-        running = os.getppid() == parent and not select.select([0], [], [], 0.02)[0]
+        running = os.getppid() == parent and not select.select([0], [], [], 0.05)[0]
         for target, offset in list(offsets.items()):
             try:
                 for block in _blocks(files[target], offset):
