@@ -98,7 +98,7 @@ class Team:
                 tensor.copy_(first)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes, of tensors of one shape."""
+        """The sum over all processes of `values` [...], of the same shape in each; changed in place."""
         if self.members:
             dist.all_reduce(values)
         return values
@@ -273,7 +273,7 @@ class _Sum(torch.autograd.Function):
 
 
 def unreached_draws(network: nn.Module, x: Tensor) -> bool:
-    """Whether training draws random numbers in another way than by dropout: stochastic depth, attention's dropout."""
+    """Whether training on x [B, ...] draws random numbers in another way than by dropout: stochastic depth, say."""
 
     class WithoutDropout(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -57,7 +57,7 @@ class LossList(nn.Module):
         self.n_whole = 0  # values that are those of all rows already
 
     def of(self, output: Tensor, y: Tensor, n: int) -> Tensor:
-        """The loss of our rows of a batch of n, which is noted; without a row 0."""
+        """The loss [] of our rows of a batch of n, which is noted; without a row 0. output, y: [rows, ...]."""
         has_rows = n >= self.team.size or len(y)  # a tensor's len costs as much as ten comparisons
         loss: Tensor = self.function(output, y) if has_rows else output.sum()
         own = loss.detach()
@@ -79,6 +79,7 @@ class LossList(nn.Module):
         return (self.read().double() * sizes).sum() / sizes.sum()
 
     def reset(self) -> None:
+        """Forgets the epoch."""
         self.values, self.sizes, self.n_whole = [], [], 0
 
     def pending(self) -> dict[str, Any]:
@@ -86,6 +87,7 @@ class LossList(nn.Module):
         return {"values": self.read(), "sizes": list(self.sizes)}
 
     def load_pending(self, pending: Mapping[str, Any], device: torch.device) -> None:
+        """Takes back what `pending` gave."""
         self.values = list(pending["values"].to(device))
         self.sizes = list(pending["sizes"])
         self.n_whole = len(self.values)
@@ -131,6 +133,7 @@ class MetricList(nn.Module):
         return values if self.team.size == 1 else self.team.share(values)  # GPUs may differ in the last bit
 
     def reset(self) -> None:
+        """Forgets the epoch."""
         self.waiting, self.sizes = [], []
         for metric in self.metrics:
             metric.reset()  # type: ignore[operator]
@@ -146,6 +149,7 @@ class MetricList(nn.Module):
         return {"metrics": pending["metrics"], "waiting": [(output.cpu(), y.cpu()) for output, y in whole]}
 
     def load_pending(self, pending: Mapping[str, Any], device: torch.device) -> None:
+        """Takes back our rows of what `complete` gave."""
         self.metrics.load_state_dict(pending["metrics"])
         self.metrics.to(device)  # torchmetrics keeps the tensors it is given, on the CPU
         self.sizes = [len(y) for _, y in pending["waiting"]]

@@ -39,6 +39,7 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
+        """Signals wait, see above."""
         self._wait = True
         try:
             yield

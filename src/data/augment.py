@@ -18,7 +18,7 @@ Augmentation = Callable[[Tensor, Draw], Tensor]
 
 
 def send(draws: Tensor, device: torch.device) -> Tensor:
-    """`draws`, made on the CPU, on `device`, without a wait: for a GPU that takes pinned memory."""
+    """`draws` [...], made on the CPU, on `device`, without a wait: for a GPU that takes pinned memory."""
     if device.type == "cuda":
         return draws.pin_memory().to(device, non_blocking=True)
     return draws.to(device)
@@ -55,7 +55,7 @@ def cutout(size: int) -> Augmentation:
 
 
 def random_flip(x: Tensor, draw: Draw) -> Tensor:
-    """Mirror each image left to right with probability 1/2."""
+    """Mirror each image of x [B, C, H, W] left to right with probability 1/2."""
     width = x.shape[3]
     mirrored = draw(1) < 0.5
     columns = torch.where(mirrored, torch.arange(width).flip(0), torch.arange(width))  # [N, W]

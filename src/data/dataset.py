@@ -202,7 +202,7 @@ def fingerprint(*splits: TensorSplit) -> str:
 
 
 def stratified_split(y: Tensor, sizes: Sequence[int], *, seed: int = 0) -> list[Tensor]:
-    """Disjoint random index tensors of the `sizes`, each with the classes in y's proportions.
+    """Disjoint random index tensors [size] of the `sizes`, each with the classes in y's [N] proportions.
 
     So is each prefix of the first. The same on every machine.
     """
@@ -220,7 +220,7 @@ def stratified_split(y: Tensor, sizes: Sequence[int], *, seed: int = 0) -> list[
 
 
 def first_n(train: Tensor, n_train: int | None) -> Tensor:
-    """The first `n_train` indices (None: all). They are balanced if stratified_split made them."""
+    """The first `n_train` of the indices `train` [N] (None: all). They are balanced if stratified_split made them."""
     if n_train is not None and not 1 <= n_train <= len(train):
         raise Refused(
             f"n_train = {n_train}, but there are {len(train)} images for training: "

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def summarise(network: nn.Module, x: Tensor) -> tuple[Tensor, str]:
-    """Runs the network once on the batch x, in eval mode and without gradients.
+    """Runs the network once on the batch x [B, ...], in eval mode and without gradients.
 
     Returns its output and the summary: name, type, output shape (without the batch) and parameters
     of each layer, two levels deep. The network is left as it was.
