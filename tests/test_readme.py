@@ -33,7 +33,7 @@ def commands(block: str) -> list[str]:
 
 
 def test_paths_in_the_readme_exist():
-    for path in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
+    for path in re.findall(r"\]\(((?!http|#)[^)]+)\)", README) + re.findall(r'src="([^"]+)"', README):
         assert (ROOT / path).exists(), path
 
 

@@ -162,3 +162,14 @@ def test_a_clone_merges_a_later_tag(template):
     git(clone, "merge", "-q", "-m", "later", "1.1.0")
     assert "(512, 256)" in (clone / "src/models/mlp.py").read_text()
     assert "n_epochs = 2" in (clone / "configs/debug.gin").read_text()
+
+
+def test_the_house_stays_small(capsys):
+    lines = {
+        folder: sum(len(file.read_text().splitlines()) for file in (ROOT / folder).rglob("*.py"))
+        for folder in ("bin", "src", "experiments")
+    }
+    with capsys.disabled():
+        print(f"\nlines of Python: {lines}, {sum(lines.values())} in all")
+    # With several processes and Slurm. In a project of your own delete this file.
+    assert sum(lines.values()) <= 6300, "what comes in has to push something out"
