@@ -32,6 +32,7 @@ TIMEOUT = timedelta(minutes=10)
 SIGNAL_BASE = 1000  # a stop that is agreed on: rank * SIGNAL_BASE + signal
 AGREE_SECONDS = 0.2  # between two agreements, where steps are shorter: each costs a message to all
 AGREE_CALLS = 32  # at most between two, should steps become longer
+FORGET = 0.95  # of the longest step at each: a GPU is run ahead of, and its steps then seem short
 LOST = ("gloo", "NCCL", "onnection", "Timed out", "Broken pipe", "store", "peer")  # what errors of a wait speak of
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)  # a mask times the input, drawn row by row
 
@@ -44,7 +45,8 @@ class Team:
         self.size = size
         self.members: list[tuple[str, int]] = []  # host and process of each, once they have met
         self._asked: tuple[Any, Tensor] | None = None
-        self._is_due, self._calls, self._skip, self._agreed_at = False, 0, 0, 0.0
+        self._is_due, self._calls, self._skip = False, 0, 0
+        self._called_at, self._longest = time.monotonic(), AGREE_SECONDS  # the longest time between two calls
 
     def start(self, device: torch.device) -> None:
         """Meets the others: gloo for tensors on the CPU, nccl for those on GPUs."""
@@ -124,12 +126,13 @@ class Team:
         """
         if not self.members:
             return signal, 0, is_due
+        seconds, self._called_at = time.monotonic() - self._called_at, time.monotonic()
+        self._longest = max(seconds, FORGET * self._longest, AGREE_SECONDS / AGREE_CALLS)
         self._is_due |= is_due
         self._calls += 1
         if self._calls <= self._skip:
             return 0, 0, False
-        seconds, self._agreed_at = time.monotonic() - self._agreed_at, time.monotonic()
-        skip = min(int(AGREE_SECONDS * self._calls / seconds), AGREE_CALLS - 1)
+        skip = max(int(AGREE_SECONDS / self._longest), 1) - 1
         coded = self.part.rank * SIGNAL_BASE + signal if signal else 0
         before, said = self._asked, torch.tensor([coded, self._is_due, -skip])
         self._asked = dist.all_reduce(said, dist.ReduceOp.MAX, async_op=True), said

@@ -141,12 +141,12 @@ class MetricList(nn.Module):
     def pending(self) -> dict[str, Any]:
         """What a commit inside an epoch keeps, but for the rows of the other processes: `complete` adds them."""
         state = copy.deepcopy(self.metrics.state_dict())
-        return {"metrics": state, "waiting": list(self.waiting), "sizes": list(self.sizes)}
+        waiting = [(output.cpu(), y.cpu()) for output, y in self.waiting]
+        return {"metrics": state, "waiting": waiting, "sizes": list(self.sizes)}
 
     def complete(self, pending: Mapping[str, Any]) -> dict[str, Any]:
-        """What `pending` gave, with the rows of all, on the CPU."""
-        whole = self._whole(pending["waiting"], pending["sizes"])
-        return {"metrics": pending["metrics"], "waiting": [(output.cpu(), y.cpu()) for output, y in whole]}
+        """What `pending` gave, with the rows of all."""
+        return {"metrics": pending["metrics"], "waiting": self._whole(pending["waiting"], pending["sizes"])}
 
     def load_pending(self, pending: Mapping[str, Any], device: torch.device) -> None:
         """Takes back our rows of what `complete` gave."""

@@ -3,11 +3,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import gin
-from torch import nn
+from torch import Tensor, nn
 
 
 @gin.register(denylist=["input_shape", "n_classes"])
-class MLP(nn.Sequential):
+class MLP(nn.Module):
     """Dense layers with ReLU, one for each number in n_hidden, for inputs of any shape.
 
     x [B, *input_shape] -> logits [B, n_classes]. dropout: share of each hidden layer, in training.
@@ -16,8 +16,13 @@ class MLP(nn.Sequential):
     def __init__(
         self, input_shape: tuple[int, ...], n_classes: int, n_hidden: Sequence[int] = (256, 256), dropout: float = 0.0
     ) -> None:
+        super().__init__()
         widths = [math.prod(input_shape), *n_hidden]
         layers: list[nn.Module] = [nn.Flatten()]
         for n_in, n_out in pairwise(widths):
             layers += [nn.Linear(n_in, n_out), nn.ReLU(), nn.Dropout(dropout)]
-        super().__init__(*layers, nn.Linear(widths[-1], n_classes))
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], n_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layers(x)
+        return logits
