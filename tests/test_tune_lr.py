@@ -88,18 +88,10 @@ def test_the_best_rate_by_valid_with_its_test_metric_alone(made):
 
 @pytest.fixture
 def browser():
-    """A headless Chromium. Without the flags it looks for updates in the network."""
-    from selenium import webdriver
+    from tests.browser import browser
 
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
-                 "disable-background-networking", "disable-component-update", "window-size=900,2000"):  # fmt: skip
-        options.add_argument(f"--{flag}")
-    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
-    driver = webdriver.Chrome(options=options, service=service)
-    yield driver
-    driver.quit()
+    with browser(900, 2000) as driver:
+        yield driver
 
 
 @pytest.mark.slow
