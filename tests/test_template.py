@@ -12,7 +12,8 @@ import pytest
 from src.config import ROOT
 from tests.conftest import copy_code
 
-NAMED = ("pyproject.toml", "e.yml", "requirements.txt", "README.md", "LICENSE")  # files that carry the name
+# Files that carry the name, or speak of the template.
+NAMED = ("pyproject.toml", "e.yml", "requirements.txt", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md")
 OWN = {"copier.yml", "tests/test_template.py", "{{_copier_conf.answers_file}}.jinja", *(f"{n}.jinja" for n in NAMED)}
 
 
@@ -84,7 +85,15 @@ def test_a_project_of_another_name(template):
     assert (project / "README.md").read_text().startswith("# deep-thoughts\n")
     assert (project / "LICENSE").read_text() == "Copyright (c) 2026 A. Person. All rights reserved.\n"
     assert (project / "e.yml").read_text().startswith("name: deep-thoughts\n")
-    assert not any(re.search(rb"vanilla.pytorch", content, re.I) for name, content in theirs.items() if name in NAMED)
+    speaks = [name for name in NAMED if re.search(rb"vanilla.pytorch", theirs[name], re.I)]
+    assert speaks == ["CHANGELOG.md"]  # where it comes from
+    readme = (project / "README.md").read_text()
+    own = ours["README.md"].decode()
+    for heading in ("Make it yours", "Beside other templates"):
+        assert f"\n## {heading}\n" in own and heading not in readme and heading.lower().replace(" ", "-") not in readme
+    kept = [line for line in own.splitlines() if line.startswith("## ") and line[3:] not in (heading, "Make it yours")]
+    assert [line for line in readme.splitlines() if line.startswith("## ")] == kept
+    assert "copier" not in (project / "CONTRIBUTING.md").read_text()
     assert os.access(project / "e.sh", os.X_OK) and os.access(project / "bin/train.py", os.X_OK)
 
 
@@ -119,6 +128,32 @@ def next_version(template: Path) -> None:
     release(template, "1.1.0")
 
 
+def last_release() -> str | None:
+    """The last tag, or, in a clone without tags, the commit before the version in pyproject.toml was raised."""
+    tags = git(ROOT, "tag", "--list", "v*", "--merged", "HEAD", "--no-contains", "HEAD", "--sort=v:refname").split()
+    raised = git(ROOT, "log", "-1", "--format=%H", "-G^version = ", "--", "pyproject.toml").strip()
+    return [*([f"{raised}^"] if raised else []), *tags][-1]
+
+
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory):
+    """The template's own repository: the last release, tagged v0.0.1, and the tree as it is now, v0.0.2."""
+    folder = tmp_path_factory.mktemp("releases") / "template"
+    git(ROOT, "worktree", "prune")
+    git(folder.parent, "clone", "-q", "--no-checkout", str(ROOT), str(folder))
+    git(folder, "checkout", "-q", git(ROOT, "rev-parse", last_release()).strip())
+    for tag in git(folder, "tag").split():
+        git(folder, "tag", "-d", tag)
+    git(folder, "tag", "v0.0.1")
+    for file in [f for f in folder.rglob("*") if f.is_file() and ".git" not in f.parts]:
+        file.unlink()
+    for name in files(ROOT):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    release(folder, "v0.0.2")
+    return folder
+
+
 def edit(project: Path, name: str, old: str, new: str) -> None:
     text = (project / name).read_text()
     assert old in text
@@ -151,6 +186,52 @@ def test_an_edit_that_an_update_touches_is_a_conflict_that_keeps_both(template):
     text = (project / "src/models/mlp.py").read_text()
     assert "<<<<<<<" in text and "(64, 64)" in text and "(512, 256)" in text
     assert (project / "src/stop.py").read_text().startswith('"""Later')
+
+
+@pytest.mark.slow
+def test_an_edited_project_of_the_last_release_comes_up_to_this_one_and_trains(releases, tmp_path):
+    project = tmp_path / "project"
+    copier("copy", "--defaults", "-r", "v0.0.1", "-d", "name=deep-thoughts", releases, project, folder=tmp_path)
+    git(project, "init", "-q")
+    (project / "src/models/mine.py").write_text('"""My model."""\n')
+    (project / "configs/mine.gin").write_text("# Mine.\ninclude 'digits.gin'\nSGD.lr = 0.02\n")
+    with open(project / "configs/debug.gin", "a") as file:
+        file.write("training_loop.seed = 3\n")
+    git(project, "add", "-A")
+    git(project, "commit", "-qm", "mine")
+    copier("update", "--defaults", folder=project)
+    assert not git(project, "diff", "--name-only", "--diff-filter=U")
+    expected = project_of(releases, "expected", "-d", "name=deep-thoughts")
+    now, new = files(project), files(expected)
+    assert now.pop("src/models/mine.py") and now.pop("configs/mine.gin").endswith(b"SGD.lr = 0.02\n")
+    assert now["configs/debug.gin"] == new["configs/debug.gin"] + b"training_loop.seed = 3\n"
+    differing = {name for name in now.keys() | new.keys() if now.get(name) != new.get(name)}
+    assert differing <= {"configs/debug.gin", ".copier-answers.yml"}
+    command = [sys.executable, "bin/train.py", "results/first", "configs/mine.gin", "configs/debug.gin"]
+    subprocess.run(command, cwd=project, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_lines_that_both_the_project_and_the_release_changed_are_conflicts_that_keep_both(releases, tmp_path):
+    project = tmp_path / "project"
+    copier("copy", "--defaults", "-r", "v0.0.1", releases, project, folder=tmp_path)
+    git(project, "init", "-q")
+    changed = git(releases, "diff", "--name-only", "--diff-filter=M", "v0.0.1", "v0.0.2", "--", "src").split()
+    edited = {}
+    for name in changed[:5]:
+        diff = git(releases, "diff", "-U0", "v0.0.1", "v0.0.2", "--", name).splitlines()
+        number = next(int(m[1]) for line in diff if (m := re.match(r"@@ -(\d+)(?:,[1-9]\d*)? \+", line)))
+        lines = (project / name).read_text().splitlines(keepends=True)
+        lines[number - 1] = edited[name] = lines[number - 1].rstrip("\n") + "  # my own words\n"
+        (project / name).write_text("".join(lines))
+    git(project, "add", "-A")
+    git(project, "commit", "-qm", "mine")
+    copier("update", "--defaults", "--conflict", "inline", folder=project)
+    unmerged = git(project, "diff", "--name-only", "--diff-filter=U").split()
+    assert unmerged == sorted(edited) and len(edited) > 0
+    for name, line in edited.items():
+        text = (project / name).read_text()
+        assert "<<<<<<<" in text and line in text, name
 
 
 def test_a_clone_merges_a_later_tag(template):
