@@ -12,9 +12,10 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from src.config import Failed
 from src.data.dataset import Part
@@ -34,7 +34,7 @@ AGREE_SECONDS = 0.2  # between two agreements, where steps are shorter: each cos
 AGREE_CALLS = 32  # at most between two, should steps become longer
 FORGET = 0.95  # of the longest step at each: a GPU is run ahead of, and its steps then seem short
 LOST = ("gloo", "NCCL", "onnection", "Timed out", "Broken pipe", "store", "peer")  # what errors of a wait speak of
-DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)  # a mask times the input, drawn row by row
+DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d")  # a mask times the input, drawn row by row
 
 
 class Team:
@@ -195,30 +195,40 @@ def _ended(pid: int) -> bool:
     return False
 
 
-class GlobalBatch(TorchFunctionMode):
-    """While it is active, dropout and batch norm treat a process's rows as rows of the global batch.
+@contextmanager
+def replaced(functions: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
+    """Has other functions stand in torch.nn.functional, where layers look theirs up by name at each call."""
+    own = {name: getattr(F, name) for name in functions}
+    vars(F).update(functions)
+    try:
+        yield
+    finally:
+        vars(F).update(own)
+
+
+class GlobalBatch:
+    """Has dropout and batch norm treat a process's rows as rows of the global batch.
 
     Dropout draws the mask of the global batch, and keeps its own rows of it: all processes have the same state of
     their random numbers, that of a single process. Batch norm on a CPU, where torch has no synchronised one, takes
-    mean and variance over the rows of all. Call `begin` before each batch.
+    mean and variance over the rows of all.
     """
 
     def __init__(self, part: Part, sync_batch_norm: bool) -> None:
-        super().__init__()
-        self.part, self.sync_batch_norm = part, sync_batch_norm
-        self.begin(0)
+        self.part, self.n = part, 0
+        # A TorchFunctionMode would be asked at each call of torch: a tenth of a millisecond a step.
+        self.functions: dict[str, Callable[..., Tensor]] = {
+            name: partial(self._dropout, getattr(F, name)) for name in DROPOUTS
+        }
+        if sync_batch_norm:
+            self.functions["batch_norm"] = partial(self._batch_norm, F.batch_norm)
 
-    def begin(self, n: int) -> None:
-        """The next forward is of rows of a batch of n."""
+    @contextmanager
+    def of(self, n: int) -> Iterator[None]:
+        """Within it a forward, and what a backward computes again, is of our rows of a batch of n."""
         self.n = n
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in DROPOUTS:
-            return self._dropout(func, *args, **kwargs)
-        if func is F.batch_norm and self.sync_batch_norm:
-            return self._batch_norm(*args, **kwargs)
-        return func(*args, **kwargs)
+        with replaced(self.functions):
+            yield
 
     def _dropout(
         self, draw: Callable[..., Tensor], x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -235,6 +245,7 @@ class GlobalBatch(TorchFunctionMode):
 
     def _batch_norm(
         self,
+        normalise: Callable[..., Tensor],
         x: Tensor,
         running_mean: Tensor | None,
         running_var: Tensor | None,
@@ -245,7 +256,7 @@ class GlobalBatch(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         if not training:
-            return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+            return normalise(x, running_mean, running_var, weight, bias, False, momentum, eps)
         kind, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 under autocast
         columns, others = (1, -1) + (1,) * (x.ndim - 2), [0, *range(2, x.ndim)]
         sums = _Sum.apply(torch.cat([x.sum(others), x.new_tensor([x.numel() / x.shape[1]])]))
@@ -278,15 +289,15 @@ class _Sum(torch.autograd.Function):
 def unreached_draws(network: nn.Module, x: Tensor) -> bool:
     """Whether training on x [B, ...] draws random numbers in another way than by dropout: stochastic depth, say."""
 
-    class WithoutDropout(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            reached = func in DROPOUTS and args and len(args[0]) % len(x) == 0
-            return args[0] if reached else func(*args, **(kwargs or {}))
+    def without(draw: Callable[..., Tensor], rows: Tensor, *options: Any, **named: Any) -> Tensor:
+        return rows if len(rows) % len(x) == 0 else draw(rows, *options, **named)
+
+    nothing = {name: partial(without, getattr(F, name)) for name in DROPOUTS}
 
     def draws() -> list[Tensor]:
         return [torch.get_rng_state(), *([torch.cuda.get_rng_state(x.device)] if x.device.type == "cuda" else [])]
 
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.no_grad(), WithoutDropout():
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.no_grad(), replaced(nothing):
         before = draws()
         copy.deepcopy(network).train()(x)
         return not all(map(torch.equal, before, draws()))

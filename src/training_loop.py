@@ -635,8 +635,8 @@ class Trainer(poutyne.Model):
                 loss = loss * (len(y) / self.batches.n_images(first, after))
             loss.backward()  # type: ignore[no-untyped-call]
         else:
-            self.global_batch.begin(self.batches.n)
-            with self.global_batch, nullcontext() if self.updated else self.trained.no_sync():  # type: ignore[attr-defined]
+            summed = nullcontext() if self.updated else self.trained.no_sync()  # type: ignore[attr-defined]
+            with self.global_batch.of(self.batches.n), summed:
                 loss = self._compute_loss_and_metrics(x, y)[0]
                 own = loss.detach()
                 loss = loss * (len(y) * self.team.size / self.batches.n_images(first, after))

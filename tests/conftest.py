@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # `src`, as the scripts see it
@@ -35,6 +36,9 @@ training_loop.batch_size = 100
 training_loop.n_epochs = 2
 """
 
+# A busy machine is no failure.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 # With it set, lines that a killed process had not flushed would seem safe.
 os.environ.pop("PYTHONUNBUFFERED", None)
 # Networks this small are fastest so, and several processes do not fight for the cores.

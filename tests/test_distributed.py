@@ -114,20 +114,19 @@ def test_streamed_samples_are_read_once_in_an_epoch_by_all_together(n, batch, of
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("draw", [F.dropout, F.dropout2d])
-def test_dropout_keeps_the_rows_of_the_mask_of_the_global_batch(draw, memory_format):
+@pytest.mark.parametrize("name", ["dropout", "dropout2d"])
+def test_dropout_keeps_the_rows_of_the_mask_of_the_global_batch(name, memory_format):
     x = torch.rand(7, 4, 3, 3).contiguous(memory_format=memory_format)
     masks = []
     for rank in range(3):
         torch.manual_seed(1)
         part = Part(rank, 3)
-        mode = GlobalBatch(part, sync_batch_norm=True)
-        mode.begin(7)
-        with mode:
+        with GlobalBatch(part, sync_batch_norm=True).of(7):
+            draw = getattr(F, name)
             masks.append(draw(x[part.rows(7)], 0.4, True))
             assert torch.equal(draw(x[part.rows(7)], 0.4, False), x[part.rows(7)])  # in eval mode as it is
     torch.manual_seed(1)
-    assert torch.equal(torch.cat(masks), x * draw(torch.ones_like(x), 0.4))
+    assert torch.equal(torch.cat(masks), x * getattr(F, name)(torch.ones_like(x), 0.4))
 
 
 def test_draws_that_are_no_dropout_are_found():
