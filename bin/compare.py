@@ -48,17 +48,13 @@ def main(argv: list[str]) -> int:
 
 def compare(a: Path, b: Path) -> dict[str, list[str]]:
     """What differs, as lines `name: in a -> in b`, by sections."""
-    configs = []
-    for run in (a, b):
-        seen = results.overview(run)
-        if seen["status"] == "unreadable":
-            raise Refused(f"{run}: {seen['problem']}")
-        configs.append(seen["config"])
+    seen = [results.overview(run) for run in (a, b)]
+    if unreadable := [f"{run['run']}: {run['problem']}" for run in seen if run["status"] == "unreadable"]:
+        raise Refused(unreadable[0])
     meta_a, meta_b = read_meta(a), read_meta(b)
-    settings, packages = changes(*configs), changes(installed(a), installed(b))
-    machine = changes(surroundings(a), surroundings(b))
+    settings, packages = changes(*(run["config"] for run in seen)), changes(installed(a), installed(b))
+    machine, first = changes(surroundings(a), surroundings(b)), results.first_difference(a, b)
     hosts = changes(*({"host": meta["starts"][-1]["host"]} for meta in (meta_a, meta_b)))
-    first = results.first_difference(a, b)
     return {
         "settings": [line for name, line in settings.items() if name not in FREE],
         "data": list(changes(meta_a["data"], meta_b["data"]).values()),

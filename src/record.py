@@ -19,8 +19,8 @@ MAX_CODE_FILE = 2**20  # bytes; larger files are data, not code
 
 
 def command(arguments: Sequence[str], folder: Path, number: int, time: str, n_threads: int) -> str:
-    """One entry of command.sh: the directory and the variables that change what is computed, then
-    the command, all quoted. The directory is relative to the run's folder if both are in the clone.
+    """One entry of command.sh: the directory, relative to the run's folder if both are in the clone; the variables
+    that change what is computed; the command. All quoted.
     """
     here, folder = Path.cwd(), folder.resolve()
     script, *rest = arguments

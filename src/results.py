@@ -29,10 +29,7 @@ TIMES = {"time", "images_per_s", "data_wait", "commit_s", "valid_s", "peak_mb"} 
 
 
 def find_runs(folder: str | Path) -> list[Path]:
-    """The run folders in or below a folder, sorted; what lies inside a run is not looked at.
-
-    Raises Refused if there is no such folder.
-    """
+    """The run folders in or below a folder, sorted, but for those inside of a run. Raises Refused without a folder."""
     if not Path(folder).is_dir():
         raise Refused(f"{folder}: no such folder")
     runs = []
@@ -132,9 +129,8 @@ def first_difference(a: str | Path, b: str | Path) -> str | None:
 
 
 def status(run: Path) -> str:
-    """finished, running, stalled (no step for 10 minutes), stopped, failed, or dead.
-
-    Raises Refused if meta.json, or HEARTBEAT of a run that a process holds, cannot be read.
+    """finished, running, stalled (no step for 10 minutes), stopped, failed, or dead. Raises Refused if meta.json, or
+    HEARTBEAT of a run that a process holds, cannot be read.
     """
     said = str(_read_json(_existing(run) / "meta.json").get("status"))
     if run.resolve() in OWN:  # to open and close HEARTBEAT would give its lock away
@@ -206,9 +202,7 @@ def collect(folder: str | Path) -> "pd.DataFrame":
     Columns: run (its path), status, each setting that is not the same in all runs ('SGD.lr': a number, text, tuple
     or None as gin would read it, a reference as text), epochs, best_epoch (by the run's monitor), last_<column> and
     best_<column> of history.csv for the last epoch and the best (times left out), test_<metric>, and problem (see
-    `overview`). What a run does not have is NaN.
-
-    Raises Refused if there is no such folder.
+    `overview`). What a run does not have is NaN. Raises Refused if there is no such folder.
     """
     import pandas as pd
 
@@ -240,8 +234,7 @@ def _literal(text: str) -> Any:
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float, int]:
     """Mean, standard deviation (n - 1), half width of the 95 % t interval of the mean, and n.
 
-    The two in the middle are NaN for n < 2, all three for n = 0. Raises ValueError for values that are NaN or
-    infinite: they are to be listed apart, not averaged.
+    The two in the middle are NaN for n < 2, all three for n = 0. Raises ValueError for NaN and infinities.
     """
     import pandas as pd
     from scipy import stats  # type: ignore[import-untyped]
@@ -252,10 +245,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float, int]:
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """The two-sided p value of Welch's t test that a and b have one mean.
+    """The two-sided p value of Welch's t test that a and b have one mean. Raises ValueError for NaN and infinities.
 
     None where that cannot be told: fewer than 3 values in one of them, or no spread in both.
-    Raises ValueError for NaN and infinities.
     """
     from scipy import stats
 
@@ -289,14 +281,10 @@ def _configured(run: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def load_model(run: str | Path, weights: str = "best") -> "nn.Module":
-    """The run's network on the CPU, in eval mode. Input and output shapes are the run's data's.
+    """The run's network on the CPU, in eval mode, with the weights of best.pt or, 'last', of the last commit.
 
-    Args:
-        run: its folder.
-        weights: 'best' (best.pt) or 'last' (the last commit).
-
-    Raises:
-        Refused: no run, no such weights yet, or weights that do not fit the code as it is now.
+    Input and output shapes are the run's data's. Raises Refused if there is no run, there are no such weights yet, or
+    they do not fit the code as it is now.
     """
     import torch
 
@@ -322,14 +310,8 @@ def evaluate(
 ) -> tuple[dict[str, Any], "Tensor", "Tensor"]:
     """The metrics of the best weights on a split, its targets y [N, ...] and the network's outputs [N, ...].
 
-    Args:
-        run: its folder.
-        split: 'train' (not augmented), 'valid' or 'test'.
-        data: the run's data, if it is at hand already.
-        device: as in training_loop; None takes the run's.
-
-    Raises:
-        Refused: no run, no weights, or other data than the run's.
+    `split` is 'train' (not augmented), 'valid' or 'test'; `data` the run's data, if it is at hand already; `device` is
+    as in training_loop, None takes the run's. Raises Refused: no run, no weights, or other data than the run's.
     """
     import torch
 
