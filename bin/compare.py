@@ -12,14 +12,16 @@ Exit codes: 0 nothing that counts differs; 1 something differs; 2 refused.
 import argparse
 import signal
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from src import results
 from src.config import Refused
+from src.record import changed_files
+from src.reproduce import surroundings
+from src.results import changes
+from src.run import FREE, read_meta
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +32,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv[1:])
     try:
         found = compare(arguments.run_a, arguments.run_b)
-    except (Refused, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (Refused, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         said = str(error) if isinstance(error, Refused | OSError) else f"a file is not as in a run's folder: {error!r}"
         print(f"compare.py: {said}", file=sys.stderr)
         return 2
@@ -39,56 +41,34 @@ def main(argv: list[str]) -> int:
         print(results.to_json(found))
     else:
         for section, lines in found.items():
-            for line in lines:
-                print(f"{section:<12} {line}")
-        if not counts:
-            print("nothing that counts differs")
+            print("".join(f"{section:<12} {line}\n" for line in lines), end="")
+        print("" if counts else "nothing that counts differs\n", end="")
     return int(counts)
 
 
 def compare(a: Path, b: Path) -> dict[str, list[str]]:
     """What differs, as lines `name: in a -> in b`, by sections."""
-    from src.reproduce import differing_surroundings
-    from src.run import FREE, read_meta
-
-    for run in (a, b):
-        seen = results.overview(run)
-        if seen["status"] == "unreadable":
-            raise Refused(f"{run}: {seen['problem']}")
+    seen = [results.overview(run) for run in (a, b)]
+    if unreadable := [f"{run['run']}: {run['problem']}" for run in seen if run["status"] == "unreadable"]:
+        raise Refused(unreadable[0])
     meta_a, meta_b = read_meta(a), read_meta(b)
-    settings = changes(results.load_config(a), results.load_config(b))
-    packages = changes(installed(a), installed(b))
-    surroundings = differing_surroundings(a, b)
-    first = results.first_difference(a, b)
+    settings, packages = changes(*(run["config"] for run in seen)), changes(installed(a), installed(b))
+    machine, first = changes(surroundings(a), surroundings(b)), results.first_difference(a, b)
     hosts = changes(*({"host": meta["starts"][-1]["host"]} for meta in (meta_a, meta_b)))
     return {
         "settings": [line for name, line in settings.items() if name not in FREE],
         "data": list(changes(meta_a["data"], meta_b["data"]).values()),
-        "code": changed_code(a / meta_a["code"], b / meta_b["code"]),
+        "code": changed_files(b / meta_b["code"], a / meta_a["code"]),
         "versions": list(packages.values()),
-        "machine": [line for line in surroundings if line.partition(":")[0] not in packages],
+        "machine": [line for name, line in machine.items() if name not in packages],
         "history": [first] if first else [],
         "not counted": [*hosts.values(), *(line for name, line in settings.items() if name in FREE)],
     }
 
 
-def changed_code(a: Path, b: Path) -> list[str]:
-    from src.record import changed_files, read_archive
-
-    try:
-        return changed_files(read_archive(b), a)
-    except Refused as refusal:
-        return [f"not known which, {refusal}"]
-
-
-def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, str]:
-    keys = dict.fromkeys([*a, *b])
-    return {k: f"{k}: {a.get(k, '(not set)')} -> {b.get(k, '(not set)')}" for k in keys if a.get(k) != b.get(k)}
-
-
 def installed(run: Path) -> dict[str, str]:
-    lines = (run / "environment.txt").read_text(encoding="utf-8").splitlines()
-    return {name: version for name, equals, version in (line.partition("==") for line in lines) if equals}
+    _, *packages = (run / "environment.txt").read_text(encoding="utf-8").splitlines()
+    return dict(package.split("==", 1) for package in packages)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,18 @@ Exit codes: 0 done; 2 refused.
 """
 
 import argparse
-import csv
-import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from src import results
 from src.config import Refused
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
 
 
 def main(argv: list[str]) -> int:
@@ -33,31 +34,28 @@ def main(argv: list[str]) -> int:
     try:
         metrics, targets, outputs = results.evaluate(arguments.run_dir, arguments.split, device=arguments.device)
         if arguments.predictions:
-            with open(arguments.predictions, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows(predictions(targets, outputs))
+            table = predictions(targets, outputs)
+            table.to_csv(arguments.predictions, index_label="index", float_format="%.6g")
     except (Refused, OSError) as error:
-        print(f"evaluate.py: {getattr(error, 'message', error)}", file=sys.stderr)
+        print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     if arguments.json:
-        print(json.dumps({"run": arguments.run_dir, **metrics}))
+        print(results.to_json({"run": arguments.run_dir, **metrics}))
     else:
         print(f"{arguments.run_dir}  {arguments.split}  {results.one_line(metrics)}")
     return 0
 
 
-def predictions(targets: Any, outputs: Any) -> Iterator[list[Any]]:
-    """A row for each input, after a header: of classes, or of numbers, as many as the network gives."""
+def predictions(targets: "Tensor", outputs: "Tensor") -> "pd.DataFrame":
+    """A row for each input: of classes, or of numbers, as many as the network gives. Both are [N, ...]."""
+    import pandas as pd
+
     if targets.is_floating_point():
-        n = outputs.flatten(1).shape[1]
-        yield ["index", *(f"target_{k}" for k in range(n)), *(f"prediction_{k}" for k in range(n))]
-        for index, (target, output) in enumerate(zip(targets.flatten(1), outputs.flatten(1), strict=True)):
-            yield [index, *(f"{number:.6g}" for number in (*target.tolist(), *output.tolist()))]
-    else:
-        yield ["index", "label", "prediction", "probability"]
-        probability, prediction = outputs.softmax(dim=1).max(dim=1)
-        rows = zip(targets.tolist(), prediction.tolist(), probability.tolist(), strict=True)
-        for index, (label, chosen, share) in enumerate(rows):
-            yield [index, label, chosen, f"{share:.6f}"]
+        target, prediction = (pd.DataFrame(numbers.flatten(1).tolist()) for numbers in (targets, outputs))
+        return target.add_prefix("target_").join(prediction.add_prefix("prediction_"))
+    probabilities, classes = outputs.softmax(dim=1).max(dim=1)
+    columns = {"label": targets, "prediction": classes, "probability": probabilities}
+    return pd.DataFrame({name: values.tolist() for name, values in columns.items()})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from src.config import Refused
+from src.config import Failed, Refused
+from src.reproduce import differing_surroundings, reproduce
+from src.results import first_difference
 
 
 def main(argv: list[str]) -> int:
@@ -24,15 +26,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("new_dir", type=Path, help="the folder for the repeated run")
     arguments = parser.parse_args(argv[1:])
     run, new = arguments.run_dir, arguments.new_dir
-
-    from src.reproduce import differing_surroundings, reproduce
-    from src.results import first_difference
-
     try:
         reproduce(run, new)
-    except (Refused, RuntimeError) as error:
+    except (Refused, Failed) as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
+        return error.exit_code
     for what in differing_surroundings(run, new):
         print(f"warning: not as it was: {what}", file=sys.stderr)
     found = first_difference(run, new)

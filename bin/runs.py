@@ -40,12 +40,13 @@ def main(argv: list[str]) -> int:
     if arguments.prune:
         prune(runs, delete=arguments.yes)
     elif arguments.json:
-        print(results.to_json([results.overview(run) for run in runs]))
+        rows = [results.overview(run) for run in runs]
+        print(results.to_json([{name: row[name] for name in row if name != "config"} for row in rows]))
     else:
-        rows = [HEADER, *(shown(results.overview(run)) for run in runs)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            print("  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip())
+        table = [HEADER, *(shown(results.overview(run)) for run in runs)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for cells in table:
+            print("  ".join(map(str.ljust, cells, widths)).rstrip())
     return 0
 
 
@@ -53,26 +54,26 @@ def shown(row: dict[str, Any]) -> tuple[str, ...]:
     # A name with a line's end, or bytes that are no text, would break the table.
     name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in row["run"])
     status = f"{row['status']}: {row['problem']}" if row["problem"] else row["status"]
-    if "epochs" not in row:
+    if row["status"] == "unreadable":
         return (name, status, "", "", "", "", "", "")
     best = f"{row['monitor']} {row['best']:.4g}" if row["best"] is not None else ""
     metric = row["monitor"].removeprefix("val_")
-    test = f"{metric} {row['test'][metric]:.4g}" if row["test"] and metric in row["test"] else ""
+    test = f"{metric} {row['test'][metric]:.4g}" if metric in (row["test"] or {}) else ""
     minutes, seconds = divmod(round(row["seconds"]), 60)
-    texts = (name, status, str(row["data"]), str(row["model"]), str(row["epochs"]))
-    return (*texts, best, test, f"{minutes}:{seconds:02}")
+    data, model, epochs = (str(row[column]) for column in ("data", "model", "epochs"))
+    return (name, status, data, model, epochs, best, test, f"{minutes}:{seconds:02}")
 
 
 def prune(runs: list[Path], *, delete: bool) -> None:
     total = 0
     for run in runs:
-        if results.overview(run)["status"] == "finished" and (run / "best.pt").exists():
-            for file in (run / "checkpoint.pt", run / "checkpoint.prev.pt"):
-                if file.exists():
-                    total += file.stat().st_size
-                    print(f"{'deleted' if delete else 'would delete'} {file}")
-                    if delete:
-                        file.unlink()
+        is_done = results.overview(run)["status"] == "finished" and (run / "best.pt").exists()
+        for file in (run / "checkpoint.pt", run / "checkpoint.prev.pt"):
+            if is_done and file.exists():
+                total += file.stat().st_size
+                print(f"{'deleted' if delete else 'would delete'} {file}")
+                if delete:
+                    file.unlink()
     size = f"{total / 1e6:,.1f} MB" + ("" if delete else " (--yes deletes them)")
     print(size if total else "nothing to prune")
 

@@ -42,16 +42,15 @@ def main(argv: list[str]) -> int:
     run.output = Output(rank)
     run.profile = arguments.profile and rank == 0
     stop = StopRequest()
-    status, code, message = "failed", 1, ""
+    status, code, message = "finished", 0, ""
     try:
         train(run, stop)
         stop.ignore()
-        status, code = "finished", 0
     except (Exception, Stopped, SystemExit) as error:
         stop.ignore()
+        status, code = getattr(error, "status", "failed"), getattr(error, "exit_code", 1)
         said = str(error) if hasattr(error, "exit_code") else run.why_lost(error)  # else it is a bug
         message = f"train.py: {said}" if said else traceback.format_exc()
-        status, code = getattr(error, "status", status), getattr(error, "exit_code", code)
     return run.close(status, code, message)
 
 

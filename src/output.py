@@ -6,12 +6,14 @@ it may block or die without effect on the run.
 """
 
 import contextlib
+import ctypes
+import faulthandler
 import os
 import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,6 @@ class Output:
     """
 
     def __init__(self, rank: int = 0) -> None:
-        import faulthandler
         import tempfile
 
         _open_closed()
@@ -35,10 +36,7 @@ class Output:
         self._saved = [os.dup(descriptor) for descriptor in (1, 2)]
         self.rank = rank
         self.terminal = self._saved[1] if os.isatty(self._saved[1]) and rank == 0 else None
-        self._files = []
-        for _ in NAMES:
-            with tempfile.TemporaryFile() as file:
-                self._files.append(os.dup(file.fileno()))
+        self._files: list[FileIO] = [tempfile.TemporaryFile(buffering=0) for _ in NAMES]  # noqa: SIM115
         _buffer_lines()
         self._collect()
         if "PYTHONBREAKPOINT" not in os.environ and all(map(os.isatty, (0, *self._saved))):
@@ -47,31 +45,39 @@ class Output:
     def move_to(self, folder: Path) -> None:
         """From now on the files are the folder's, which get what was written until now, too."""
         self._release()
-        files = []
-        for name, collected in zip(NAMES, self._files, strict=True):
+        for k, name in enumerate(NAMES):
             name = name.replace(".", f".rank{self.rank}.") if self.rank else name
-            file = os.open(folder / name, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-            for block in _blocks(collected, 0):
-                _write(file, block)
-            os.close(collected)
-            files.append(file)
-        self._files = files
+            file, collected = open(folder / name, "ab+", buffering=0), self._files[k]  # noqa: SIM115
+            collected.seek(0)
+            _write(file.fileno(), collected.read())
+            collected.close()
+            self._files[k] = file
         self._collect()
 
     def close(self) -> None:
         """Gives the terminal back, once the follower has shown what is left (2 s at most)."""
         self._release()
         sys.breakpointhook = sys.__breakpointhook__
-        for descriptor in (*self._files, *self._saved):
+        for file in self._files:
+            file.close()
+        for descriptor in self._saved:
             os.close(descriptor)
 
     def _collect(self) -> None:
         """Descriptors 1 and 2 are the files; the follower shows what comes from now on."""
         _flush()
-        offsets = [os.fstat(file).st_size for file in self._files]
-        if self.rank == 0:
-            self._start_follower(offsets)  # first: where it cannot, the error is for the terminal
-        for descriptor, file in zip((1, 2), self._files, strict=True):
+        files = [file.fileno() for file in self._files]
+        if self.rank == 0:  # first: where the follower cannot be started, the error is for the terminal
+            offsets = [os.fstat(file).st_size for file in files]
+            self._follower = subprocess.Popen(
+                [sys.executable, "-I", "-S", __file__, *map(str, (os.getpid(), *files, *offsets))],
+                stdin=subprocess.PIPE,
+                stdout=self._saved[0],
+                stderr=self._saved[1],
+                pass_fds=files,
+                start_new_session=True,  # Ctrl-C at the terminal is for the run alone
+            )
+        for descriptor, file in zip((1, 2), files, strict=True):
             os.dup2(file, descriptor)
 
     def _release(self) -> None:
@@ -79,42 +85,25 @@ class Output:
         _flush()
         for descriptor, saved in zip((1, 2), self._saved, strict=True):
             os.dup2(saved, descriptor)
-        if self.rank:
-            return
         # It may be blocked, dead or, after an error in move_to, stopped already.
         with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
-            self._follower.communicate(b"stop", timeout=2)
-
-    def _start_follower(self, offsets: list[int]) -> None:
-        arguments = [str(os.getpid())]
-        for file, offset in zip(self._files, offsets, strict=True):
-            arguments += [str(file), str(offset)]
-        self._follower = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=self._saved[0],
-            stderr=self._saved[1],
-            pass_fds=self._files,
-            start_new_session=True,  # Ctrl-C at the terminal is for the run alone
-        )
+            if self.rank == 0:
+                self._follower.communicate(b"stop", timeout=2)
 
     def _breakpoint(self, *_: Any, **__: Any) -> None:
         """pdb on the terminal: input() edits lines only if descriptors 0 and 1 are terminals."""
         import pdb
 
-        @contextlib.contextmanager
-        def on_terminal() -> Iterator[None]:
-            self._release()
-            os.write(1, CLEAR_LINE)
-            try:
-                yield
-            finally:
-                self._collect()
+        output = self
 
         class TerminalPdb(pdb.Pdb):
             def interaction(self, *arguments: Any) -> None:
-                with on_terminal():
+                output._release()
+                os.write(1, CLEAR_LINE)
+                try:
                     super().interaction(*arguments)
+                finally:
+                    output._collect()
 
         # Ctrl-C still asks the run to stop once it goes on: pdb would take it over.
         TerminalPdb(nosigint=True).set_trace(sys._getframe(1))
@@ -131,8 +120,6 @@ def _open_closed() -> None:
 
 def _flush() -> None:
     """Python's and C's buffers, into the descriptors as they are now."""
-    import ctypes
-
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -141,20 +128,12 @@ def _flush() -> None:
 
 def _buffer_lines() -> None:
     """Python and C buffer whole blocks on files: after a kill the last lines would be missing."""
-    import ctypes
-
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)
     libc = ctypes.CDLL(None)
     name = "__stdoutp" if sys.platform == "darwin" else "stdout"
     libc.setvbuf(ctypes.c_void_p.in_dll(libc, name), None, 1, 0)  # 1: _IOLBF
-
-
-def _blocks(source: int, offset: int) -> Iterator[bytes]:
-    while block := os.pread(source, 1 << 16, offset):
-        offset += len(block)
-        yield block
 
 
 def _write(target: int, block: bytes) -> None:
@@ -167,18 +146,16 @@ def follow(parent: int, *files_and_offsets: int) -> None:
     """The follower: copies file 1 to stdout and file 2 to stderr until told to stop or orphaned."""
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # a batch system sends them to all processes
-    files = dict(zip((1, 2), files_and_offsets[::2], strict=True))
-    offsets = dict(zip((1, 2), files_and_offsets[1::2], strict=True))
-    terminals = [target for target in files if os.isatty(target)]
-    clear = CLEAR_LINE  # a progress bar may stand there, but not behind a part of a line
+    files, offsets = (dict(zip((1, 2), files_and_offsets[k : k + 2], strict=True)) for k in (0, 2))
+    clear = CLEAR_LINE  # a progress bar may stand on the terminal, but not behind a part of a line
     running = True
     while running and offsets:
         running = os.getppid() == parent and not select.select([0], [], [], 0.05)[0]
-        for target, offset in list(offsets.items()):
+        for target in list(offsets):
             try:
-                for block in _blocks(files[target], offset):
+                while block := os.pread(files[target], 1 << 16, offsets[target]):
                     offsets[target] += len(block)
-                    if target in terminals:
+                    if os.isatty(target):
                         _write(target, clear + block)
                         clear = CLEAR_LINE if block.endswith(b"\n") else b""
                     else:

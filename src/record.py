@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -19,8 +19,8 @@ MAX_CODE_FILE = 2**20  # bytes; larger files are data, not code
 
 
 def command(arguments: Sequence[str], folder: Path, number: int, time: str, n_threads: int) -> str:
-    """One entry of command.sh: the directory and the variables that change what is computed, then
-    the command, all quoted. The directory is relative to the run's folder if both are in the clone.
+    """One entry of command.sh: the directory, relative to the run's folder if both are in the clone; the variables
+    that change what is computed; the command. All quoted.
     """
     here, folder = Path.cwd(), folder.resolve()
     script, *rest = arguments
@@ -30,22 +30,20 @@ def command(arguments: Sequence[str], folder: Path, number: int, time: str, n_th
         script = script if "/" in script else f"./{script}"
     else:
         directory = shlex.quote(str(here))
-    names = [name for name in ("DATA_DIR", "CUDA_VISIBLE_DEVICES") if name in os.environ]
-    variables = [f"{name}={shlex.quote(os.environ[name])}" for name in names]
-    words = [*variables, f"OMP_NUM_THREADS={n_threads}", *torchrun(), shlex.join([script, *rest])]
-    line = " ".join(words)
-    return f"# start {number}, {time}\n(cd {directory} && {line})\n"
+    given = [name for name in ("DATA_DIR", "CUDA_VISIBLE_DEVICES") if name in os.environ]
+    words = [f"{name}={shlex.quote(os.environ[name])}" for name in given]
+    words += [f"OMP_NUM_THREADS={n_threads}", *torchrun(), shlex.join([script, *rest])]
+    return f"# start {number}, {time}\n(cd {directory} && {' '.join(words)})\n"
 
 
 def torchrun() -> list[str]:
     """The torchrun that has started this process, as a person types it; none for a single process."""
-    processes, nodes = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return []
-    where = ["--standalone"]
+    nodes, where = os.environ["GROUP_WORLD_SIZE"], ["--standalone"]
     if nodes != "1":  # on each of the machines
         where = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={os.environ['MASTER_ADDR']}:29400"]
-    return ["torchrun", *where, f"--nproc-per-node={processes}"]
+    return ["torchrun", *where, f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
 
 
 def git(*arguments: str) -> str | None:
@@ -70,7 +68,7 @@ def git_state() -> str:
 def code_files() -> dict[str, bytes]:
     """The code as it is now: what git tracks or would, up to 1 MB a file, without results/.
 
-    Without git: the Python, gin, shell and text files of the project's own folders.
+    Without git: all such files of the root and of the project's own folders.
     """
     listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
     if listed is not None:
@@ -89,19 +87,16 @@ def code_files() -> dict[str, bytes]:
     return code
 
 
-def code_archive(code: dict[str, bytes]) -> bytes:
+def code_archive(code: Mapping[str, bytes]) -> bytes:
     """code.tar.gz: the same files give the same bytes."""
     archive = io.BytesIO()
-    with (
-        gzip.GzipFile(fileobj=archive, mode="wb", mtime=0, compresslevel=6) as zipped,
-        tarfile.open(fileobj=zipped, mode="w") as tar,
-    ):
+    with tarfile.open(fileobj=archive, mode="w") as tar:
         for name, content in code.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             member.mode = 0o755 if os.access(ROOT / name, os.X_OK) else 0o644
             tar.addfile(member, io.BytesIO(content))
-    return archive.getvalue()
+    return gzip.compress(archive.getvalue(), compresslevel=6, mtime=0)
 
 
 def read_archive(path: Path) -> dict[str, bytes]:
@@ -120,19 +115,17 @@ def read_archive(path: Path) -> dict[str, bytes]:
         raise Refused(f"{path}: cannot be read: {error}") from None
 
 
-def changed_files(code: dict[str, bytes], archive: Path) -> list[str]:
-    """Files of `code` that are not as in the archive; only what computes counts: no tests, texts, data."""
+def changed_files(code: Mapping[str, bytes] | Path, archive: Path) -> list[str]:
+    """Files of `code`, or of an archive of it, that are not as in `archive`; only what computes counts: no tests,
+    texts, data.
+    """
     try:
-        before = read_archive(archive)
+        before, now = read_archive(archive), read_archive(code) if isinstance(code, Path) else code
     except Refused as refusal:
         return [f"not known which, {refusal}"]
-    return [
-        name
-        for name in sorted(code.keys() | before.keys())
-        if code.get(name) != before.get(name)
-        and name.endswith((".py", ".sh", ".toml", "requirements.txt"))
-        and not name.startswith("tests/")
-    ]
+    changed = [name for name in sorted(now.keys() | before.keys()) if now.get(name) != before.get(name)]
+    computes = (".py", ".sh", ".toml", "requirements.txt")
+    return [name for name in changed if name.endswith(computes) and not name.startswith("tests/")]
 
 
 def copy_configs(files: Sequence[Path], folder: Path) -> None:
@@ -153,8 +146,8 @@ def environment() -> str:
     for distribution in metadata.distributions():
         # distribution.metadata parses all of it, for half a millisecond a package.
         text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
-        name, version = (re.search(rf"^{key}: (.*)", text, re.M) for key in ("Name", "Version"))
-        if name and version:
-            packages.add(f"{name[1]}=={version[1]}")
+        said = dict(re.findall(r"^(Name|Version): (.*)", text.partition("\n\n")[0], re.M))
+        if len(said) == 2:
+            packages.add(f"{said['Name']}=={said['Version']}")
     system = f"# Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     return "\n".join([system, *sorted(packages, key=str.lower)]) + "\n"

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.config import Refused
+from src.config import Failed, Refused
 from src.record import read_archive
-from src.results import load_history
+from src.results import changes, load_history
 from src.run import read_meta
 
 
@@ -20,8 +20,7 @@ def reproduce(run: Path, new: Path) -> None:
     It runs that code, so it must be as trusted as any program. Starts between which neither settings
     nor code have changed are repeated as one undisturbed run. Output goes where ours goes.
 
-    Raises Refused if there is no run with a committed epoch, or `new` is unfit; RuntimeError if the
-    repeated run fails.
+    Raises Refused if there is no run with a committed epoch, or `new` is unfit; Failed if the repeated run fails.
     """
     from src.data.dataset import data_dir  # torch comes with it, which comparing does without
 
@@ -38,20 +37,18 @@ def reproduce(run: Path, new: Path) -> None:
         if k + 1 < len(parts):  # up to where the next one began
             epoch, step, total = (parts[k + 1][key] for key in ("epoch", "step", "total_steps"))
             bindings += [f"training_loop.stop_at={total}" if step else f"training_loop.n_epochs={epoch}"]
+        starter = [sys.executable]
+        if part["processes"] > 1:
+            starter += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={part['processes']}"]
+        environment = os.environ | {"DATA_DIR": str(data_dir()), "OMP_NUM_THREADS": str(part["threads"])}
         with tempfile.TemporaryDirectory(prefix="reproduce.") as folder:
             unpack(run / part["code"], Path(folder).resolve() / "code")
-            config, script = Path(folder, "config.gin"), Path(folder, "code/bin/train.py")
+            config = Path(folder, "config.gin")
             config.write_text(part["config"], encoding="utf-8")
-            command = [str(script), f"--bindings={';'.join(bindings)}", "--", str(new), str(config)]
-            starter = [sys.executable]
-            if (processes := part.get("processes", 1)) > 1:
-                starter += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-            environment = os.environ | {"DATA_DIR": str(data_dir()), "OMP_NUM_THREADS": str(part["threads"])}
+            command = [f"{folder}/code/bin/train.py", f"--bindings={';'.join(bindings)}", "--", str(new), str(config)]
             code = subprocess.run([*starter, *command], env=environment).returncode
-        if code and k == 0 and not new.exists():  # refused
-            raise Refused(f"{run}: cannot be repeated, see above")
         if code:
-            raise RuntimeError(f"{run}: its code failed with exit code {code}, see above")
+            raise Failed(f"{run}: cannot be repeated: its code ended with exit code {code}, see above")
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -69,28 +66,22 @@ def parts_of(starts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     for start in starts:
         if not start["total_steps"]:  # nothing was committed before
-            parts = []
-        if parts and parts[-1]["total_steps"] == start["total_steps"]:  # killed before it made a step
+            parts = [dict(start)]
+        elif parts[-1]["total_steps"] == start["total_steps"]:  # killed before it made a step
             parts[-1] |= start
-        elif not parts:
-            parts.append(dict(start))
-        elif "config" in start or "code" in start or parts[-1].get("processes", 1) != start.get("processes", 1):
+        elif "config" in start or "code" in start or parts[-1]["processes"] != start["processes"]:
             parts.append({**parts[-1], **start})
     return parts
 
 
+def surroundings(run: Path) -> dict[str, Any]:
+    """Versions, device, threads and processes of a run's last start, and the hash of the weights begun from."""
+    meta = read_meta(run)
+    start = meta["starts"][-1]
+    found = {name: start[name] for name in ("python", "platform", "device", "threads", "processes")}
+    return {**start["versions"], **found, "init_from": meta.get("init_from", {}).get("sha256")}
+
+
 def differing_surroundings(run: Path, new: Path) -> list[str]:
-    """What of versions, device, threads and the weights begun from is not the same in the last starts of two runs."""
-
-    def surroundings(path: Path) -> dict[str, Any]:
-        meta = read_meta(path)
-        start = meta["starts"][-1]
-        names = ("python", "platform", "device", "threads", "processes")
-        return {
-            **start["versions"],
-            **{n: start.get(n, 1) for n in names},  # an old run's record has no processes
-            "init_from": meta.get("init_from", {}).get("sha256"),
-        }
-
-    a, b = surroundings(run), surroundings(new)
-    return [f"{key}: {a[key]} -> {b.get(key)}" for key in a if a[key] != b.get(key)]
+    """What of `surroundings` is not the same in two runs."""
+    return list(changes(surroundings(run), surroundings(new)).values())

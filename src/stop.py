@@ -18,22 +18,16 @@ class Stopped(BaseException):  # as KeyboardInterrupt: an `except Exception`, in
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.message, self.exit_code = message, exit_code
+        self.exit_code = exit_code
 
 
 class StopRequest:
-    """Catches the signals, from its creation on. They raise Stopped, at once, but inside of
-
-        with request.deferred():
-
-    where the first one sets `signal`, for the loop to act on at the step's edge. A second SIGINT there
-    raises, too.
+    """Catches the signals, from its creation on. They raise Stopped, at once, but inside of `with request.deferred():`
+    where the first one sets `signal`, for the loop to act on at the step's edge. A second SIGINT there raises, too.
     """
 
     def __init__(self) -> None:
-        self.signal = 0
-        self._time = 0.0
-        self._wait = False
+        self.signal, self._time, self._wait = 0, 0.0, False
         for number in SIGNALS:
             signal.signal(number, self._receive)
 

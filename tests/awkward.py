@@ -113,7 +113,7 @@ RUNS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "loss infinite": ("finished", "diverged: loss inf in epoch 2", with_value("loss", "inf")),
     "monitor NaN at last": ("finished", "", with_value("val_acc", "nan")),
     "monitor always NaN": ("finished", "", with_value("val_acc", "nan", "nan")),
-    "config missing": ("unreadable", "config.gin: cannot be read", gone("config.gin")),
+    "config missing": ("unreadable", "config.gin: no such config", gone("config.gin")),
     "config empty": ("unreadable", "config.gin: is empty", put("config.gin", "")),
     "config broken": ("unreadable", "config.gin:2", put("config.gin", "SGD.lr = 0.1\nSGD.momentum = high\n")),
     "config binary": ("unreadable", "config.gin: cannot be read", put("config.gin", b"\xff\x00")),
