@@ -26,13 +26,11 @@ class LRSchedule(Callback):
         epochs = [epoch for epoch, _ in schedule]
         if not epochs or epochs != sorted(set(epochs)):
             raise ValueError(f"schedule = {schedule}: its epochs must rise")
-        self.base_lr = base_lr
-        self.schedule = schedule
+        self.base_lr, self.schedule = base_lr, schedule
 
     def factor(self, epoch: int) -> float:
         """What the base rate is multiplied by in an epoch; epochs count from 1."""
-        factors = [factor for last, factor in self.schedule if epoch <= last]
-        return factors[0] if factors else self.schedule[-1][1]
+        return next((factor for last, factor in self.schedule if epoch <= last), self.schedule[-1][1])
 
     def on_epoch_begin(self, epoch_number: int, logs: dict[str, Any]) -> None:
         for group in self.model.optimizer.param_groups:

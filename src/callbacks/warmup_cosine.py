@@ -26,9 +26,7 @@ class WarmupCosine(Callback):
         super().__init__()
         if not 0 <= warmup_steps < total_steps:
             raise ValueError(f"warmup_steps = {warmup_steps} must be below total_steps = {total_steps}")
-        self.total_steps = total_steps
-        self.warmup_steps = warmup_steps
-        self.final = final
+        self.total_steps, self.warmup_steps, self.final = total_steps, warmup_steps, final
         self.step = 0
 
     def factor(self, step: int) -> float:
