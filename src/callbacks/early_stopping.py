@@ -1,5 +1,3 @@
-"""Stops when a metric no longer gets better."""
-
 from typing import Literal
 
 import gin
@@ -8,13 +6,9 @@ import poutyne
 
 @gin.register
 class EarlyStopping(poutyne.EarlyStopping):
-    """Poutyne's own: stops after `patience` epochs without an improvement of more than `min_delta`.
+    """Poutyne's own: stops after `patience` epochs in which a metric did not get better by more than `min_delta`.
 
-    Args:
-        monitor: column of history.csv, e.g. val_loss.
-        mode: 'min' or 'max'.
-        patience: epochs.
-        min_delta: in the metric's unit.
+    monitor: column of history.csv, e.g. val_loss. mode: 'min' or 'max'.
     """
 
     def __init__(

@@ -1,5 +1,3 @@
-"""Learning rate by epochs."""
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +9,9 @@ from poutyne import Callback
 class LRSchedule(Callback):
     """Piecewise constant learning rate: a function of the epoch alone.
 
-    Args:
-        base_lr: learning rate that the factors multiply; None: the optimizer's own.
-        schedule: pairs [last epoch, factor] in rising order: [[2, 1.0], [10, 0.1]] gives base_lr in
-            epochs 1 and 2, a tenth of it in 3 to 10, and the last factor after that.
-
+    base_lr: learning rate that the factors multiply; None: the optimizer's own.
+    schedule: pairs [last epoch, factor] in rising order: [[2, 1.0], [10, 0.1]] gives base_lr in
+    epochs 1 and 2, a tenth of it in 3 to 10, and the last factor after that.
     Raises ValueError if the epochs do not rise.
     """
 

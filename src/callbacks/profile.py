@@ -1,5 +1,3 @@
-"""Where the time of a step goes."""
-
 from pathlib import Path
 from typing import Any
 

@@ -16,10 +16,7 @@ NOT_METRICS = ("epoch", "time", "lr", "images_per_s", "data_wait", "commit_s", "
 class Progress(Callback):
     """Prints a line at the end of each epoch; draws a bar meanwhile where there is a terminal.
 
-    Args:
-        terminal: file descriptor that the bar is drawn on, or None.
-        batches: those of training.
-        batch_size: for the images a second.
+    terminal: file descriptor that the bar is drawn on, or None. batches: those of training, of batch_size images.
     """
 
     stateless = True
@@ -41,8 +38,8 @@ class Progress(Callback):
         done, of = self.batches.start + batch_number, self.batches.n_batches
         speed = batch_number / (now - self.began)
         bar = ("█" * (BAR_WIDTH * done // of)).ljust(BAR_WIDTH, "░")
-        images_per_s = speed * self.batch_size
-        self._draw(f"{self.title} {bar} {done}/{of}  {images_per_s:,.0f} images/s  {clock((of - done) / speed)} left")
+        images_per_s, left = speed * self.batch_size, clock((of - done) / speed)
+        self._draw(f"{self.title} {bar} {done}/{of}  {images_per_s:,.0f} images/s  {left} left")
 
     def on_valid_begin(self, logs: dict[str, Any]) -> None:
         self._draw(f"{self.title} validation")
@@ -66,12 +63,9 @@ class Progress(Callback):
                 f"{logs['data_wait']:.0%} of the training time waits for data: raise training_loop.n_workers, give the "
                 "run more cores, or store the data smaller"
             )
-        left = (self.params["epochs"] - epoch_number) * logs["time"]
+        took, left = clock(logs["time"]), clock((self.params["epochs"] - epoch_number) * logs["time"])
         values = "  ".join(f"{k} {v:.4g}" for k, v in logs.items() if k not in NOT_METRICS)
-        print(
-            f"{self.title}  {values}  lr {logs['lr']:.3g}  {logs['images_per_s']:,.0f} images/s  "
-            f"{clock(logs['time'])}, {clock(left)} left"
-        )
+        print(f"{self.title}  {values}  lr {logs['lr']:.3g}  {logs['images_per_s']:,.0f} images/s  {took}, {left} left")
 
 
 def clock(seconds: float) -> str:

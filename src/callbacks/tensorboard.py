@@ -21,21 +21,14 @@ class TensorBoard(Callback):
     Stands behind the commit in the list of callbacks: a point is written for committed epochs only,
     once, also when the run was killed and continued.
 
-    Args:
-        folder: the run's; its event files are looked through for what was written before.
-        history: the committed epochs.
-        config: the run's config as text.
-        settings: setting -> value, shown as hparams.
+    folder: the run's; its event files are looked through for what was written before. history: the committed epochs.
+    config: the run's, as text. settings: shown as hparams.
     """
 
     stateless = True
 
     def __init__(
-        self,
-        folder: Path,
-        history: Sequence[Mapping[str, float]],
-        config: str,
-        settings: Mapping[str, bool | int | float | str],
+        self, folder: Path, history: Sequence[Mapping[str, float]], config: str, settings: dict[str, bool | float | str]
     ) -> None:
         super().__init__()
         self.folder, self.settings = folder, settings
@@ -72,7 +65,7 @@ class TensorBoard(Callback):
     def finish(self, row: Mapping[str, float]) -> None:
         """Writes the hparams with the metrics of the last epoch."""
         metrics = {f"final/{name}": value for name, value in row.items() if name not in NOT_METRICS}
-        for summary in hparams(dict(self.settings), metrics):  # type: ignore[no-untyped-call]
+        for summary in hparams(self.settings, metrics):  # type: ignore[no-untyped-call]
             self._write(summary, 0)
         self._add("final", row, int(row["epoch"]))
 

@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 import tarfile
 import warnings
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from src.data.augment import cutout as random_cutout
 from src.data.augment import random_crop, random_flip
-from src.data.dataset import Data, TensorSplit, Unavailable, data_dir, fingerprint, shown, stratified_split
+from src.data.dataset import Data, TensorSplit, Unavailable, data_dir, fingerprint, stratified_split
 from src.data.download import download
 
 ARCHIVE = "cifar-10-python.tar.gz"  # as torchvision names it, so that both can share a folder
@@ -41,7 +42,7 @@ def cifar10(
     except (OSError, ValueError) as error:
         raise Unavailable(
             f"CIFAR-10 cannot be had: {error}.\nPut {url}\n"
-            f"into DATA_DIR (it may name another folder) by hand, as {shown(data_dir() / ARCHIVE)},\n"
+            f"into DATA_DIR (it may name another folder) by hand, as {os.path.relpath(data_dir() / ARCHIVE)},\n"
             'or train on digits, which need no network: -b "training_loop.data=@digits"'
         ) from error
     *batches, (x_test, y_test) = _read(archive)

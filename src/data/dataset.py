@@ -214,9 +214,3 @@ def stratified_split(y: Tensor, sizes: Sequence[int], *, n_train: int | None = N
 def data_dir() -> Path:
     """Where data sets are kept: $DATA_DIR, or data/ in the repository."""
     return Path(os.environ.get("DATA_DIR") or Path(__file__).parents[2] / "data")
-
-
-def shown(path: Path) -> str:
-    """`path` for a message: relative to the current folder if it lies inside."""
-    path, here = path.absolute(), Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -8,8 +8,6 @@ from threading import Thread
 from typing import Any
 from urllib.request import urlopen
 
-from src.data.dataset import shown
-
 
 def download(url: str, path: Path, *, md5: str, timeout: float) -> bytes:
     """The content of the file `path`, which is got from `url` first if there is none.
@@ -19,7 +17,7 @@ def download(url: str, path: Path, *, md5: str, timeout: float) -> bytes:
     Raises OSError, or ValueError for a wrong checksum.
     """
     if path.exists():
-        return _verified(path.read_bytes(), md5, shown(path))
+        return _verified(path.read_bytes(), md5, os.path.relpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     content = _verified(_fetch(url, timeout), md5, url)
     with TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as beside:

@@ -37,15 +37,14 @@ class StreamSplit(TensorSplit):
         chosen = [order[rows] for rows in batches]
         loader = DataLoader(
             _Images(self.items, self.read),
-            sampler=chosen,  # a batch of rows is one sample
-            batch_size=None,
+            batch_sampler=(rows.tolist() or [0] for rows in chosen),  # without a row, one is read for its shape
             num_workers=available_cores() if self.n_workers is None else self.n_workers,
             pin_memory=self.y.device.type == "cuda",
             worker_init_fn=_leave_signals_to_parent,
             generator=torch.Generator(),  # or it would draw from the one that dropout draws from
         )
         for rows, x in zip(chosen, loader, strict=True):
-            yield x.to(self.y.device, non_blocking=True), self.y[rows.to(self.y.device)]
+            yield x[: len(rows)].to(self.y.device, non_blocking=True), self.y[rows.to(self.y.device)]
 
 
 @dataclass
@@ -53,9 +52,8 @@ class _Images(Dataset[Tensor]):
     items: Sequence[str]
     read: Callable[[str], Tensor]
 
-    def __getitem__(self, rows: Tensor) -> Tensor:
-        # Of several processes one may have no row of the last, small batch: it reads an item for its shape.
-        return torch.stack([self.read(self.items[row]) for row in rows.tolist() or [0]])[: len(rows)]
+    def __getitem__(self, row: int) -> Tensor:
+        return self.read(self.items[row])
 
 
 def _leave_signals_to_parent(worker: int) -> None:

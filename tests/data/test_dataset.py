@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src.config import Refused
 from src.data.augment import Draw, random_crop, random_flip
-from src.data.dataset import Batches, TensorSplit, data_dir, fingerprint, shown, stratified_split
+from src.data.dataset import Batches, TensorSplit, data_dir, fingerprint, stratified_split
 
 
 def make_split(n: int) -> TensorSplit:
@@ -203,10 +203,3 @@ def test_data_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert data_dir() == Path(__file__).parents[2] / "data"
     monkeypatch.delenv("DATA_DIR")
     assert data_dir() == Path(__file__).parents[2] / "data"
-
-
-def test_paths_are_shown_from_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert shown(tmp_path / "data" / "a") == "data/a"
-    assert shown(Path("data")) == "data"
-    assert shown(tmp_path.parent) == str(tmp_path.parent)
