@@ -86,12 +86,13 @@ def test_warmup_cosine_is_torchs(warmup, total, final):
         linear = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, 1.0, total_iters=warmup - 1)
         torchs = torch.optim.lr_scheduler.SequentialLR(optimizer, [linear, torchs], milestones=[warmup])
     for step in range(total + 1):
+        callback.on_train_batch_begin(1, {})
         assert rate(model) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9), step
         callback.on_train_batch_end(1, {})
         optimizer.step()
         torchs.step()
     for _ in range(5):  # after the horizon it stays
-        callback.on_train_batch_end(1, {})
+        callback.on_train_batch_begin(1, {})
         assert rate(model) == pytest.approx(0.1 * final, abs=1e-12)
 
 

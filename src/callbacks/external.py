@@ -84,7 +84,7 @@ def state_dict(callback: poutyne.Callback) -> dict[str, Any]:
     if hasattr(callback, "state_dict"):
         # A scheduler is made when training begins.
         return callback.state_dict() if getattr(callback, "scheduler", True) else {}
-    if type(callback) is poutyne.EarlyStopping:
+    if isinstance(callback, poutyne.EarlyStopping):
         return {k: v for k, v in vars(callback).items() if k in ("wait", "best", "stopped_epoch")}
     if module.startswith("poutyne.") and (name in STATELESS or name.endswith("Logger")):
         return {}
@@ -109,7 +109,7 @@ def try_callback(callback: poutyne.Callback, optimizer: Any) -> None:
 
 def load_state_dict(callback: poutyne.Callback, state: dict[str, Any]) -> None:
     """Gives the callback what `state_dict` returned."""
-    if type(callback) is poutyne.EarlyStopping:
+    if isinstance(callback, poutyne.EarlyStopping) and not hasattr(callback, "load_state_dict"):
         vars(callback).update(state)
     elif state:
         callback.load_state_dict(state)

@@ -1,5 +1,3 @@
-"""Learning rate by epochs."""
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +9,9 @@ from poutyne import Callback
 class LRSchedule(Callback):
     """Piecewise constant learning rate: a function of the epoch alone.
 
-    Args:
-        base_lr: learning rate that the factors multiply; None: the optimizer's own.
-        schedule: pairs [last epoch, factor] in rising order: [[2, 1.0], [10, 0.1]] gives base_lr in
-            epochs 1 and 2, a tenth of it in 3 to 10, and the last factor after that.
-
+    base_lr: learning rate that the factors multiply; None: the optimizer's own.
+    schedule: pairs [last epoch, factor] in rising order: [[2, 1.0], [10, 0.1]] gives base_lr in
+    epochs 1 and 2, a tenth of it in 3 to 10, and the last factor after that.
     Raises ValueError if the epochs do not rise.
     """
 
@@ -26,13 +22,11 @@ class LRSchedule(Callback):
         epochs = [epoch for epoch, _ in schedule]
         if not epochs or epochs != sorted(set(epochs)):
             raise ValueError(f"schedule = {schedule}: its epochs must rise")
-        self.base_lr = base_lr
-        self.schedule = schedule
+        self.base_lr, self.schedule = base_lr, schedule
 
     def factor(self, epoch: int) -> float:
         """What the base rate is multiplied by in an epoch; epochs count from 1."""
-        factors = [factor for last, factor in self.schedule if epoch <= last]
-        return factors[0] if factors else self.schedule[-1][1]
+        return next((factor for last, factor in self.schedule if epoch <= last), self.schedule[-1][1])
 
     def on_epoch_begin(self, epoch_number: int, logs: dict[str, Any]) -> None:
         for group in self.model.optimizer.param_groups:

@@ -1,5 +1,3 @@
-"""Where the time of a step goes."""
-
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +8,19 @@ SKIPPED, RECORDED = 10, 20  # steps; the first ones are slower than the rest
 
 
 class Profile(Callback):
-    """Writes profile.json, a trace of 20 steps, into the run's folder: Perfetto (ui.perfetto.dev) and Chrome open it.
-
-    Args:
-        folder: the run's.
-    """
+    """Writes a trace of 20 steps into the file `folder`/profile.json: Perfetto (ui.perfetto.dev) and Chrome open it."""
 
     stateless = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.path = folder / "profile.json"
-
-    def on_train_begin(self, logs: dict[str, Any]) -> None:
         self.profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=SKIPPED - 2, warmup=2, active=RECORDED, repeat=1),
             on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(self.path)),
         )
+
+    def on_train_begin(self, logs: dict[str, Any]) -> None:
         self.profiler.start()
 
     def on_train_batch_end(self, batch_number: int, logs: dict[str, Any]) -> None:

@@ -10,49 +10,39 @@ from poutyne import Callback
 
 REFRESH_SECONDS = 0.1
 BAR_WIDTH = 24
-TIMES = ("epoch", "time", "lr", "images_per_s", "data_wait", "commit_s", "valid_s", "peak_mb")
+NOT_METRICS = ("epoch", "time", "lr", "images_per_s", "data_wait", "commit_s", "valid_s", "peak_mb")
 
 
 class Progress(Callback):
     """Prints a line at the end of each epoch; draws a bar meanwhile where there is a terminal.
 
-    Args:
-        terminal: file descriptor that the bar is drawn on, or None.
-        batches: those of training.
-        batch_size: for the images a second.
+    terminal: file descriptor that the bar is drawn on, or None. batches: those of training, of batch_size images.
     """
 
     stateless = True
 
     def __init__(self, terminal: int | None, batches: Any, batch_size: int) -> None:
         super().__init__()
-        self.terminal = terminal
-        self.batches = batches
-        self.batch_size = batch_size
+        self.terminal, self.batches, self.batch_size = terminal, batches, batch_size
         self.warned = False
 
     def on_epoch_begin(self, epoch_number: int, logs: dict[str, Any]) -> None:
-        self.epoch = epoch_number
+        self.title = f"epoch {epoch_number}/{self.params['epochs']}"
         self.began = self.drawn_at = time.monotonic()
 
     def on_train_batch_end(self, batch_number: int, logs: dict[str, Any]) -> None:
-        if self.terminal is None:
-            return
         now = time.monotonic()
-        if now - self.drawn_at > REFRESH_SECONDS:
-            self.drawn_at = now
-            done, of = self.batches.start + batch_number, self.batches.n_batches
-            speed = batch_number / (now - self.began)
-            left = (of - done) / speed
-            filled = BAR_WIDTH * done // of
-            self._draw(
-                f"epoch {self.epoch}/{self.params['epochs']} "
-                f"{'█' * filled}{'░' * (BAR_WIDTH - filled)} {done}/{of}  "
-                f"{speed * self.batch_size:,.0f} images/s  {clock(left)} left"
-            )
+        if self.terminal is None or now - self.drawn_at < REFRESH_SECONDS:
+            return
+        self.drawn_at = now
+        done, of = self.batches.start + batch_number, self.batches.n_batches
+        speed = batch_number / (now - self.began)
+        bar = ("█" * (BAR_WIDTH * done // of)).ljust(BAR_WIDTH, "░")
+        images_per_s, left = speed * self.batch_size, clock((of - done) / speed)
+        self._draw(f"{self.title} {bar} {done}/{of}  {images_per_s:,.0f} images/s  {left} left")
 
     def on_valid_begin(self, logs: dict[str, Any]) -> None:
-        self._draw(f"epoch {self.epoch}/{self.params['epochs']} validation")
+        self._draw(f"{self.title} validation")
 
     def _draw(self, text: str) -> None:
         if self.terminal is None:
@@ -73,12 +63,9 @@ class Progress(Callback):
                 f"{logs['data_wait']:.0%} of the training time waits for data: raise training_loop.n_workers, give the "
                 "run more cores, or store the data smaller"
             )
-        left = (self.params["epochs"] - epoch_number) * logs["time"]
-        values = "  ".join(f"{k} {v:.4g}" for k, v in logs.items() if k not in TIMES)
-        print(
-            f"epoch {epoch_number}/{self.params['epochs']}  {values}  lr {logs['lr']:.3g}  "
-            f"{logs['images_per_s']:,.0f} images/s  {clock(logs['time'])}, {clock(left)} left"
-        )
+        took, left = clock(logs["time"]), clock((self.params["epochs"] - epoch_number) * logs["time"])
+        values = "  ".join(f"{k} {v:.4g}" for k, v in logs.items() if k not in NOT_METRICS)
+        print(f"{self.title}  {values}  lr {logs['lr']:.3g}  {logs['images_per_s']:,.0f} images/s  {took}, {left} left")
 
 
 def clock(seconds: float) -> str:

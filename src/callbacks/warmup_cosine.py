@@ -1,5 +1,3 @@
-"""Learning rate by steps."""
-
 import math
 from typing import Any
 
@@ -9,26 +7,19 @@ from poutyne import Callback
 
 @gin.register
 class WarmupCosine(Callback):
-    """Linear warm-up to the optimizer's own learning rate, then half a cosine down.
+    """Linear warm-up to the optimizer's own learning rate, then half a cosine down, by optimizer steps.
 
-    Cosine: Loshchilov and Hutter 2017, SGDR, eq. 5. Warm-up: Goyal et al. 2017, section 2.2.
-
-    Args:
-        total_steps: the horizon, in optimizer steps. It is no function of n_epochs, so that a run
-            that trains longer is still the same run; after it the rate stays where it is.
-        warmup_steps: steps of the warm-up, a part of total_steps.
-        final: the last rate as a share of the optimizer's.
-
-    Raises ValueError if warmup_steps is not below total_steps.
+    total_steps: the horizon. It is no function of n_epochs, so that a run that trains longer is still
+    the same run; after it the rate stays where it is. warmup_steps: those of the warm-up, a part of total_steps.
+    final: the last rate as a share of the optimizer's. Raises ValueError if warmup_steps is not below total_steps.
+    Source: Loshchilov and Hutter 2017, SGDR, eq. 5; the warm-up: Goyal et al. 2017, section 2.2.
     """
 
     def __init__(self, total_steps: int, warmup_steps: int = 0, final: float = 0.0) -> None:
         super().__init__()
         if not 0 <= warmup_steps < total_steps:
             raise ValueError(f"warmup_steps = {warmup_steps} must be below total_steps = {total_steps}")
-        self.total_steps = total_steps
-        self.warmup_steps = warmup_steps
-        self.final = final
+        self.total_steps, self.warmup_steps, self.final = total_steps, warmup_steps, final
         self.step = 0
 
     def factor(self, step: int) -> float:
@@ -38,22 +29,16 @@ class WarmupCosine(Callback):
         done = min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
 
-    def on_train_begin(self, logs: dict[str, Any]) -> None:
+    def on_train_batch_begin(self, batch_number: int, logs: dict[str, Any]) -> None:
         for group in self.model.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])  # torch's name; kept in the checkpoint
-        self._set()
+            # initial_lr is torch's name, and is kept in the checkpoint.
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.factor(self.step)
 
     def on_train_batch_end(self, batch_number: int, logs: dict[str, Any]) -> None:
         self.step += self.model.updated
-        self._set()
-
-    def _set(self) -> None:
-        for group in self.model.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self.factor(self.step)
 
     def state_dict(self) -> dict[str, int]:
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.step = state["step"]
-        self._set()  # the optimizer's rate may be another one now

@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 import tarfile
 import warnings
@@ -7,9 +8,9 @@ import gin
 import torch
 from torch import Tensor
 
-from src.data import augment as augmentation
+from src.data.augment import cutout as random_cutout
 from src.data.augment import random_crop, random_flip
-from src.data.dataset import Data, TensorSplit, Unavailable, data_dir, fingerprint, first_n, shown, stratified_split
+from src.data.dataset import Data, TensorSplit, Unavailable, data_dir, fingerprint, stratified_split
 from src.data.download import download
 
 ARCHIVE = "cifar-10-python.tar.gz"  # as torchvision names it, so that both can share a folder
@@ -41,16 +42,15 @@ def cifar10(
     except (OSError, ValueError) as error:
         raise Unavailable(
             f"CIFAR-10 cannot be had: {error}.\nPut {url}\n"
-            f"into DATA_DIR (it may name another folder) by hand, as {shown(data_dir() / ARCHIVE)},\n"
+            f"into DATA_DIR (it may name another folder) by hand, as {os.path.relpath(data_dir() / ARCHIVE)},\n"
             'or train on digits, which need no network: -b "training_loop.data=@digits"'
         ) from error
     *batches, (x_test, y_test) = _read(archive)
     x, y = map(torch.cat, zip(*batches, strict=True))
     tenth = len(x) // 10
-    train, valid = stratified_split(y, [len(x) - tenth, tenth])
-    train = first_n(train, n_train)
+    train, valid = stratified_split(y, [len(x) - tenth, tenth], n_train=n_train)
     augment = ([random_crop(padding)] if padding else []) + ([random_flip] if flip else [])
-    augment += [augmentation.cutout(cutout)] if cutout else []
+    augment += [random_cutout(cutout)] if cutout else []
     splits = (
         TensorSplit(x.index_select(0, train), y[train], mean=MEAN, std=STD, augment=augment),
         TensorSplit(x.index_select(0, valid), y[valid], mean=MEAN, std=STD),  # twice as fast as x[valid]

@@ -28,9 +28,9 @@ class Part(NamedTuple):
     rank: int = 0
     of: int = 1
 
-    def rows(self, n: int) -> slice:
-        """Its rows of a batch of n."""
-        return slice(n * self.rank // self.of, n * (self.rank + 1) // self.of)
+    def rows(self, n: int, first: int = 0) -> slice:
+        """Its rows of a batch of n that begins at row `first`."""
+        return slice(first + n * self.rank // self.of, first + n * (self.rank + 1) // self.of)
 
     def n_rows(self, n: int) -> int:
         """How many they are."""
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 class TensorSplit:
     """A split that is kept whole, as tensors on one device.
 
-    x: [N, C, H, W], uint8 or float. y: [N], int64. n_workers: for StreamSplit, which reads in processes.
+    x: [N, C, H, W], uint8 or float. y: [N], int64.
     mean, std: of each channel of x (scaled to 0..1 if uint8); the batches are normalised by them.
     augment: functions (x, draw) -> x for training, before normalisation; see augment.py.
     """
@@ -69,7 +69,7 @@ class TensorSplit:
         self.is_scaled = unit != 1 or mean is not None or std is not None
 
     def __len__(self) -> int:
-        return len(self.x)
+        return len(self.y)
 
     def to(
         self,
@@ -78,15 +78,14 @@ class TensorSplit:
         memory_format: torch.memory_format = torch.contiguous_format,
         part: Part = Part(),  # noqa: B008  (it is immutable)
     ) -> Self:
-        """The same split with all tensors on `device`, read by so many processes, its batches in that format.
+        """The same split on `device`: of its batches it gives the rows of `part`, in that format.
 
-        Of each batch it gives the rows of `part`.
+        n_workers: processes that read data which are streamed; None: one for each core, 0: none.
         """
         moved = copy.copy(self)
+        moved.x, moved.y = self.x.to(device), self.y.to(device)
+        moved.scale, moved.shift = self.scale.to(device), self.shift.to(device)
         moved.n_workers, moved.memory_format, moved.part = n_workers, memory_format, part
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(moved, name, value.to(device))
         return moved
 
     def batches(
@@ -97,38 +96,29 @@ class TensorSplit:
         The last one may be smaller. seed None: in order and not augmented, for valid and test.
         Else batch k is a pure function of (seed, epoch, k), so that there is no state to save.
         """
-        order = None if seed is None else torch.randperm(len(self), generator=_generator(seed, epoch))
-        for k, (x, y) in enumerate(self._gather(batch_size, order, start), start):
+        n = len(self)
+        order = torch.arange(n) if seed is None else torch.randperm(n, generator=_generator(seed, epoch))
+        firsts = range(start * batch_size, n, batch_size)
+        rows = [self.part.rows(min(batch_size, n - first), first) for first in firsts]
+        for k, (x, y) in enumerate(self._gather(order, rows), start):
             if seed is not None and self.augment:
-                draw = self._draw(min(batch_size, len(self) - k * batch_size), _generator(seed, epoch, k))
+                draw = self._draw(min(batch_size, n - k * batch_size), _generator(seed, epoch, k))
                 for function in self.augment:
                     x = function(x, draw)
-            # A copy, which may be changed in place. x * scale + shift is far slower for uint8.
-            is_copy = order is not None and not self.augment  # an augmentation may give a view
-            x = x.to(torch.float32, copy=not is_copy, memory_format=self.memory_format)
+            # In place, on a copy (an augmentation may give a view): x * scale + shift is far slower for uint8.
+            x = x.to(torch.float32, copy=bool(self.augment), memory_format=self.memory_format)
             yield (x.mul_(self.scale).add_(self.shift) if self.is_scaled else x), y
 
     def _draw(self, n: int, generator: Generator) -> Draw:
         """Gives our rows of random numbers that are drawn for the global batch of n."""
         return lambda *shape: torch.rand(n, *shape, generator=generator)[self.part.rows(n)]
 
-    def _rows(self, batch_size: int, start: int) -> Iterator[slice]:
-        """Our rows of the order, batch by batch."""
-        n, own = len(self), self.part.rows(batch_size)
-        for first in range(start * batch_size, n, batch_size):
-            if first + batch_size > n:
-                own = self.part.rows(n - first)
-            yield slice(first + own.start, first + own.stop)
-
-    def _gather(self, batch_size: int, order: Tensor | None, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Our rows of x and y in batches from the `start`-th on, in the order, on the device."""
-        order = order if order is None else send(order, self.x.device)
-        for rows in self._rows(batch_size, start):
-            if order is None:
-                yield self.x[rows], self.y[rows]
-            else:
-                chosen = order[rows]
-                yield self.x.index_select(0, chosen), self.y.index_select(0, chosen)
+    def _gather(self, order: Tensor, batches: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        """x and y of the rows `order` [N], on the CPU, batch by batch, on the split's device."""
+        order = send(order, self.x.device)
+        for rows in batches:
+            chosen = order[rows]
+            yield self.x.index_select(0, chosen), self.y.index_select(0, chosen)
 
 
 class Batches:
@@ -143,10 +133,9 @@ class Batches:
     def __init__(self, split: TensorSplit, batch_size: int, seed: int | None = None, limit: int | None = None) -> None:
         self.split, self.batch_size, self.seed = split, batch_size, seed
         self.n_split = len(split)
-        n_batches = math.ceil(self.n_split / batch_size)
-        self.n_batches = min(n_batches, limit or n_batches)
+        self.n_batches = min(math.ceil(self.n_split / batch_size), limit or self.n_split)
         self.n, self.waited = 0, 0.0
-        self.begin(epoch=0, start=0)
+        self.epoch = self.start = 0
 
     def begin(self, epoch: int, start: int) -> None:
         """The next iteration is of epoch `epoch`, from batch `start` on."""
@@ -201,10 +190,10 @@ def fingerprint(*splits: TensorSplit) -> str:
     return sha256.hexdigest()
 
 
-def stratified_split(y: Tensor, sizes: Sequence[int], *, seed: int = 0) -> list[Tensor]:
+def stratified_split(y: Tensor, sizes: Sequence[int], *, n_train: int | None = None, seed: int = 0) -> list[Tensor]:
     """Disjoint random index tensors [size] of the `sizes`, each with the classes in y's [N] proportions.
 
-    So is each prefix of the first. The same on every machine.
+    So is each prefix of the first, of which only `n_train` are given, if not None. The same on every machine.
     """
     labels = y.numpy()
     random = np.random.RandomState(seed)  # its numbers never change: NEP 19
@@ -212,29 +201,16 @@ def stratified_split(y: Tensor, sizes: Sequence[int], *, seed: int = 0) -> list[
     for label in np.unique(labels):  # each class is spread evenly over 0..1
         members = random.permutation(np.flatnonzero(labels == label))
         place[members] = (np.arange(len(members)) + random.random_sample()) / len(members)
-    order = torch.from_numpy(np.argsort(place, kind="stable"))
-    parts = [order[end - size : end] for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
-    together = torch.cat(parts)
-    assert len(together) == sum(sizes) == np.unique(together.numpy()).size, "splits overlap"
-    return parts
-
-
-def first_n(train: Tensor, n_train: int | None) -> Tensor:
-    """The first `n_train` of the indices `train` [N] (None: all). They are balanced if stratified_split made them."""
-    if n_train is not None and not 1 <= n_train <= len(train):
+    order = np.argsort(place, kind="stable")
+    assert len(np.unique(order)) == len(y) == sum(sizes), "splits overlap, or leave some out"
+    first, *others = map(torch.from_numpy, np.split(order, np.cumsum(sizes)[:-1]))
+    if n_train is not None and not 1 <= n_train <= len(first):
         raise Refused(
-            f"n_train = {n_train}, but there are {len(train)} images for training: "
-            f"give 1 to {len(train)}, or None for all."
+            f"n_train = {n_train}, but there are {len(first)} images: give 1 to {len(first)}, or None for all."
         )
-    return train[:n_train]
+    return [first[:n_train], *others]
 
 
 def data_dir() -> Path:
     """Where data sets are kept: $DATA_DIR, or data/ in the repository."""
     return Path(os.environ.get("DATA_DIR") or Path(__file__).parents[2] / "data")
-
-
-def shown(path: Path) -> str:
-    """`path` for a message: relative to the current folder if it lies inside."""
-    path, here = path.absolute(), Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -1,15 +1,12 @@
-import gzip
-from importlib.util import find_spec
-from pathlib import Path
+from importlib.metadata import distribution
 
 import gin
 import numpy as np
 import torch
 from torch import Tensor
 
-from src.config import Refused
 from src.data.augment import random_crop
-from src.data.dataset import Data, TensorSplit, fingerprint, first_n, stratified_split
+from src.data.dataset import Data, TensorSplit, fingerprint, stratified_split
 
 MEAN, STD = [0.3053], [0.3760]  # of all 1,797 images
 
@@ -24,8 +21,7 @@ def digits(n_train: int | None = None, padding: int = 0) -> Data:
     """
     x, y = read()
     fifth = len(x) // 5
-    train, valid, test = stratified_split(y, [len(x) - 2 * fifth, fifth, fifth])
-    train = first_n(train, n_train)
+    train, valid, test = stratified_split(y, [len(x) - 2 * fifth, fifth, fifth], n_train=n_train)
     splits = (
         TensorSplit(x[train], y[train], mean=MEAN, std=STD, augment=[random_crop(padding)] if padding else []),
         TensorSplit(x[valid], y[valid], mean=MEAN, std=STD),
@@ -36,10 +32,7 @@ def digits(n_train: int | None = None, padding: int = 0) -> Data:
 
 def read() -> tuple[Tensor, Tensor]:
     """The images x [1797, 1, 8, 8], 0..1, and y [1797]. Importing sklearn.datasets would take a second."""
-    spec = find_spec("sklearn")
-    if spec is None or spec.origin is None:
-        raise Refused("digits come with scikit-learn, which is not installed: source e.sh")
-    with gzip.open(Path(spec.origin).parent / "datasets/data/digits.csv.gz") as file:
-        table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.int64))
+    file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    table = torch.from_numpy(np.loadtxt(str(file), delimiter=",", dtype=np.int64))
     assert table.shape == (1797, 65)
     return table[:, :64].view(-1, 1, 8, 8).float() / 16, table[:, 64]

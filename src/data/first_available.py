@@ -24,7 +24,6 @@ def first_available(of: list[Callable[[], Data]]) -> Data:
             continue
         if reasons:
             stars = "*" * 78
-            title = f"*** TRAINING ON {data.name}, NOT ON {of[0].__name__}:"
-            print(f"{stars}\n{title}\n{reasons}{stars}", file=sys.stderr)
+            print(f"{stars}\n*** TRAINING ON {data.name}, NOT ON {of[0].__name__}:\n{reasons}{stars}", file=sys.stderr)
         return data
     raise Refused(f"first_available: none of {len(of)} data sets can be had.\n{reasons}".rstrip())

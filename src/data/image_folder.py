@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src.config import Refused
 from src.data.augment import random_crop, random_flip
-from src.data.dataset import Data, Unavailable, data_dir, first_n, stratified_split
+from src.data.dataset import Data, Unavailable, data_dir, stratified_split
 from src.data.stream import StreamSplit
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -45,23 +45,15 @@ def image_folder(
         )
     labels = torch.tensor([classes.index(f.parent.name) for f in files])
     tenth = len(files) // 10
-    parts = stratified_split(labels, [len(files) - 2 * tenth, tenth, tenth])
-    parts[0] = first_n(parts[0], n_train)
+    parts = stratified_split(labels, [len(files) - 2 * tenth, tenth, tenth], n_train=n_train)
     augment = ([random_crop(padding)] if padding else []) + ([random_flip] if flip else [])
-    train, valid, test = (
-        StreamSplit(
-            [str(files[row]) for row in rows.tolist()],
-            labels[rows],
-            partial(read_image, size=size),
-            mean=mean,
-            std=std,
-            augment=augment,  # of training alone: the others are never augmented
-        )
+    read = partial(read_image, size=size)
+    train, valid, test = (  # the last two are never augmented, whatever they hold
+        StreamSplit([str(files[row]) for row in rows.tolist()], labels[rows], read, mean=mean, std=std, augment=augment)
         for rows in parts
     )
     known = "\n".join(f"{f.relative_to(root).as_posix()} {f.stat().st_size}" for f in files)
-    settings = f"{size} {mean} {std} {len(train)}"
-    digest = hashlib.sha256(f"{known}\n{settings}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{known}\n{size} {mean} {std} {len(train)}".encode()).hexdigest()
     return Data("image_folder", train, valid, test, (3, size, size), len(classes), digest)
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,9 +16,8 @@ from src.data.dataset import TensorSplit
 class StreamSplit(TensorSplit):
     """A split whose inputs are read when they are needed; the order and the batches are as TensorSplit's.
 
-    read: gives the input [C, H, W], uint8, of one of the items. y: [N], int64.
-    n_workers, of `to`: processes that read; None: one for each core that this one may use, 0: none.
-    mean, std, augment: as TensorSplit's; augmentation is done a batch at a time, on the device.
+    read: gives the input [C, H, W], uint8, of one of the items. y, mean, std, augment: as TensorSplit's; augmentation
+    is done a batch at a time, on the device.
     """
 
     def __init__(
@@ -33,30 +33,27 @@ class StreamSplit(TensorSplit):
         super().__init__(y.new_empty((len(y), 0, 0, 0), dtype=torch.uint8), y, mean=mean, std=std, augment=augment)
         self.items, self.read = items, read
 
-    def _gather(self, batch_size: int, order: Tensor | None, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.arange(len(self)) if order is None else order
-        batches = [order[rows] for rows in self._rows(batch_size, start)]
+    def _gather(self, order: Tensor, batches: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        chosen = [order[rows] for rows in batches]
         loader = DataLoader(
-            _Rows(self.items, self.read),
-            sampler=batches,  # a batch of rows is one sample
-            batch_size=None,
+            _Images(self.items, self.read),
+            batch_sampler=(rows.tolist() or [0] for rows in chosen),  # without a row, one is read for its shape
             num_workers=available_cores() if self.n_workers is None else self.n_workers,
             pin_memory=self.y.device.type == "cuda",
             worker_init_fn=_leave_signals_to_parent,
             generator=torch.Generator(),  # or it would draw from the one that dropout draws from
         )
-        for rows, x in zip(batches, loader, strict=True):
-            yield x.to(self.y.device, non_blocking=True), self.y[rows.to(self.y.device)]
+        for rows, x in zip(chosen, loader, strict=True):
+            yield x[: len(rows)].to(self.y.device, non_blocking=True), self.y[rows.to(self.y.device)]
 
 
-class _Rows(Dataset[Tensor]):
-    def __init__(self, items: Sequence[str], read: Callable[[str], Tensor]) -> None:
-        self.items, self.read = items, read
+@dataclass
+class _Images(Dataset[Tensor]):
+    items: Sequence[str]
+    read: Callable[[str], Tensor]
 
-    def __getitem__(self, rows: Tensor) -> Tensor:
-        # Of several processes one may have no row of the last, small batch.
-        images = [self.read(self.items[row]) for row in rows.tolist()]
-        return torch.stack(images) if images else self.read(self.items[0])[None][:0]
+    def __getitem__(self, row: int) -> Tensor:
+        return self.read(self.items[row])
 
 
 def _leave_signals_to_parent(worker: int) -> None:

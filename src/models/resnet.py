@@ -13,19 +13,17 @@ class Block(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride=stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(n_out)
-        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(n_out)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or n_in != n_out:
-            self.shortcut.append(nn.Conv2d(n_in, n_out, 1, stride=stride, bias=False))
-            self.shortcut.append(nn.BatchNorm2d(n_out))
+        self.layers = nn.Sequential(*_conv_norm(n_in, n_out, 3, stride), nn.ReLU(), *_conv_norm(n_out, n_out, 3, 1))
+        is_same = n_in == n_out and stride == 1
+        self.shortcut = nn.Identity() if is_same else _conv_norm(n_in, n_out, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
-        return F.relu(y + self.shortcut(x))
+        return F.relu(self.layers(x) + self.shortcut(x))
+
+
+def _conv_norm(n_in: int, n_out: int, size: int, stride: int) -> nn.Sequential:
+    conv = nn.Conv2d(n_in, n_out, size, stride=stride, padding=size // 2, bias=False)  # batch norm has one
+    return nn.Sequential(conv, nn.BatchNorm2d(n_out))
 
 
 @gin.register(denylist=["input_shape", "n_classes"])
@@ -42,8 +40,7 @@ class ResNet18(nn.Module):
         super().__init__()
         if len(input_shape) != 3:
             raise Refused(f"ResNet18 takes images [C, H, W], not data of shape {input_shape}")
-        self.conv = nn.Conv2d(input_shape[0], width, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
+        self.stem = nn.Sequential(*_conv_norm(input_shape[0], width, 3, 1), nn.ReLU())
         self.stages = nn.Sequential(
             nn.Sequential(Block(width, width, 1), Block(width, width, 1)),
             nn.Sequential(Block(width, 2 * width, 2), Block(2 * width, 2 * width, 1)),
@@ -53,6 +50,5 @@ class ResNet18(nn.Module):
         self.classifier = nn.Linear(8 * width, n_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm(self.conv(x)))
-        logits: Tensor = self.classifier(self.stages(y).mean((2, 3)))
+        logits: Tensor = self.classifier(self.stages(self.stem(x)).mean((2, 3)))
         return logits

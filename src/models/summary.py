@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 
 def summarise(network: nn.Module, x: Tensor) -> tuple[Tensor, str]:
-    """Runs the network once on the batch x [B, ...], in eval mode and without gradients.
+    """Runs the network once on the batch x [B, ...], in eval mode and without gradients, and leaves it as it was.
 
     Returns its output and the summary: name, type, output shape (without the batch) and parameters
-    of each layer, two levels deep. The network is left as it was.
+    of each layer, two levels deep.
     """
     shapes: dict[nn.Module, str] = {}
 
@@ -20,14 +21,11 @@ def summarise(network: nn.Module, x: Tensor) -> tuple[Tensor, str]:
         shapes[module] = "x".join(map(str, output.shape[1:])) if isinstance(output, Tensor) else "-"
 
     training = [m for m in network.modules() if m.training]
-    hooks = [m.register_forward_hook(record) for m in network.modules()]
     try:
         network.eval()
-        with torch.no_grad():
+        with register_module_forward_hook(record), torch.no_grad():
             output: Tensor = network(x)
     finally:
-        for hook in hooks:
-            hook.remove()
         for module in training:
             module.training = True
 

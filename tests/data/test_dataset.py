@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src.config import Refused
 from src.data.augment import Draw, random_crop, random_flip
-from src.data.dataset import Batches, TensorSplit, data_dir, fingerprint, first_n, shown, stratified_split
+from src.data.dataset import Batches, TensorSplit, data_dir, fingerprint, stratified_split
 
 
 def make_split(n: int) -> TensorSplit:
@@ -180,7 +180,7 @@ def test_split_does_not_change_between_versions() -> None:
 @pytest.mark.parametrize("n_train", [0, -1, 11])
 def test_unfit_n_train_is_refused(n_train: int) -> None:
     with pytest.raises(Refused, match=rf"n_train = {n_train}\b.* 10 images.*give 1 to 10"):
-        first_n(torch.arange(10), n_train)
+        stratified_split(torch.arange(12) % 3, [10, 2], n_train=n_train)
 
 
 def test_fingerprint_is_of_what_is_used() -> None:
@@ -203,10 +203,3 @@ def test_data_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert data_dir() == Path(__file__).parents[2] / "data"
     monkeypatch.delenv("DATA_DIR")
     assert data_dir() == Path(__file__).parents[2] / "data"
-
-
-def test_paths_are_shown_from_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert shown(tmp_path / "data" / "a") == "data/a"
-    assert shown(Path("data")) == "data"
-    assert shown(tmp_path.parent) == str(tmp_path.parent)
