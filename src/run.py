@@ -60,7 +60,7 @@ class Run:
         self.output: Output | None = None
         self.profile = False  # whether to write a trace of some steps
         self.meta: dict[str, Any] = {}
-        self.warnings: list[str] = []
+        self.warnings: list[str] = []  # of this start
         self.changed: list[str] = []  # settings that differ from the run's until now
         self.changes: list[str] = []  # these and the data, for people
         self.is_open = False
@@ -125,10 +125,8 @@ class Run:
             raise Refused("\n  ".join([title, *self.changes]) + f"\n{advice}")
         n_before, n_epochs = (int(flat["training_loop.n_epochs"]) for flat in (old, new))
         if self.is_pruned and n_epochs > n_before:
-            advice = f"training_loop.init_from='{self.path}' starts a new run from its best weights"
-            raise Refused(
-                f"{self.path}: its checkpoints were deleted: it cannot go on after epoch {n_before}; {advice}"
-            )
+            advice = f"training_loop.init_from='{self.path}' starts a new one from its best weights"
+            raise Refused(f"{self.path}: the run's checkpoints were deleted: it ends at epoch {n_before}; {advice}")
 
     # --- open and close
 
@@ -174,8 +172,8 @@ class Run:
             entry["config"] = self.config.text()
         if not self.changed:  # else config.gin says it once a commit holds it
             self.write_config()
-        self.warnings = list(dict.fromkeys([*self.meta["warnings"], *self.warnings]))
-        self.meta |= {"starts": [*starts, entry], "status": "running", "exit": None, **facts}
+        warnings = list(dict.fromkeys([*self.meta["warnings"], *self.warnings]))
+        self.meta |= {"starts": [*starts, entry], "warnings": warnings, "status": "running", "exit": None, **facts}
         self.is_open = True  # there is an entry that says how it ends
         self._write_meta()
         with open(self.path / "command.sh", "a", encoding="utf-8") as file:
@@ -248,28 +246,18 @@ class Run:
         return exit_code
 
     def warn(self, message: str) -> None:
-        """A warning that the record keeps: on stderr and in meta.json."""
+        """A warning, on stderr, that `record` keeps in meta.json."""
         print(f"warning: {message}", file=sys.stderr)
         self.warnings.append(message)
-        if self.is_open:
-            self._write_meta()
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether the folder is no longer the one that `open` took the lock in: removed, or another in its place."""
-        try:
-            return not os.path.samestat(os.fstat(self._heartbeat), os.stat(self.path / "HEARTBEAT"))
-        except FileNotFoundError:
-            return True
 
     def _refuse_gone(self) -> None:
-        # Another process may own a new folder of this name.
-        if self.is_gone:
+        """Raises FileNotFoundError if the folder is removed, or another one that a process may own has its name."""
+        if not os.path.samestat(os.fstat(self._heartbeat), os.stat(self.path / "HEARTBEAT")):
             raise FileNotFoundError(errno.ENOENT, "was removed", str(self.path))
 
     def _write_meta(self) -> None:
         self._refuse_gone()
-        write(self.path / "meta.json", json.dumps(self.meta | {"warnings": self.warnings}, indent=2) + "\n")
+        write(self.path / "meta.json", json.dumps(self.meta, indent=2) + "\n")
 
     def beat(self, step: int) -> None:
         """HEARTBEAT: the last step and its time, rewritten at most every 10 s."""
@@ -281,17 +269,15 @@ class Run:
             os.ftruncate(self._heartbeat, len(line))
 
     def why_lost(self, error: BaseException) -> str | None:
-        """What to tell the person if the folder can no longer be written to, or a worker was killed, which
-        torch notices wherever the run is just then; None for another error.
-        """
+        """What to tell if the folder cannot be written to any more, or a worker was killed; None for another error."""
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-            what = str(error).splitlines()[0]  # by whoever needed its memory, as a rule
-            return f"a process that reads the data was killed ({what}): try a smaller training_loop.n_workers"
+            advice = "by whoever needed its memory, as a rule: try a smaller training_loop.n_workers"
+            return f"a process that reads the data was killed, {advice} ({str(error).splitlines()[0]})"
         if not isinstance(error, OSError):
             return None
-        if self.is_open and self.is_gone:
-            return f"{self.path}: was removed while the run was writing to it"
         ours = error.filename and Path(os.fsdecode(error.filename)).resolve().is_relative_to(self.path.resolve())
+        if ours and isinstance(error, FileNotFoundError):
+            return f"{self.path}: was removed while the run was writing to it"
         if not ours and error.errno not in DISK_ERRORS:
             return None
         advice = "What was committed is intact: put that right, then go on with training_loop.reload=True"

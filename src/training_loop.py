@@ -93,6 +93,7 @@ def training_loop(
         Stopped: a signal asked for it, or stop_at. The exit code is 128 + signal, or 0.
         Failed: the loss or the weights are no longer finite, or the data can no longer be read.
     """
+    # What needs no data: numbers, the device, the other processes.
     counts = {"n_epochs": n_epochs, "batch_size": batch_size, "accumulate": accumulate, "log_every": log_every}
     for name, value in (counts | {"steps_per_epoch": steps_per_epoch, "stop_at": stop_at}).items():
         if value is not None and value < 1:
@@ -102,6 +103,7 @@ def training_loop(
     team.start(place)
     set_torch(deterministic, detect_anomaly)
 
+    # The data, and whether the folder holds a run of them, with these settings, to go on with.
     dataset = fetch(data, team)
     if batch_size > (n := len(dataset.train)):
         raise Refused(f"training_loop.batch_size = {batch_size}, but {dataset.name} has only {n} images to train on")
@@ -117,6 +119,7 @@ def training_loop(
         team.end()
         return dataset
 
+    # All parts.
     seed_all(seed)
     network = build(model, input_shape=dataset.input_shape, n_classes=dataset.n_classes)
     memory_format = memory_format_of(dataset, channels_last)
@@ -136,13 +139,15 @@ def training_loop(
     stepper: Trainer = build(trainer or Trainer, parts=parts)
     built_callbacks = [build(callback, parameters=trainable) for callback in callbacks]
 
+    # They are tried, in memory.
     refuse_unknown_monitors(monitor, built_callbacks, metric_list.names)
     n_steps = n_epochs * math.ceil(train.n_batches / accumulate)
     for callback in built_callbacks:
         external.try_callback(callback, build(optimizer, params=[nn.Parameter(torch.zeros(1))]))
         if isinstance(callback, WarmupCosine) and callback.total_steps < n_steps:
-            more = f"{n_epochs} epochs have {n_steps} optimizer steps: in the rest the learning rate stays as it is"
-            run.warn(f"WarmupCosine.total_steps = {callback.total_steps}, but {more}")
+            steps = f"{n_epochs} epochs have {n_steps} optimizer steps"
+            rest = f"in the rest the learning rate stays at {callback.final:g} of the optimizer's"
+            run.warn(f"WarmupCosine.total_steps = {callback.total_steps}, but {steps}: {rest}")
     print(try_one_batch(stepper, dataset.n_classes))
     if team.size > 1:
         warn_of_other_numbers(run, stepper)
@@ -152,6 +157,7 @@ def training_loop(
     if init_from and not has_commit:
         facts["init_from"] = start_from(init_from, network)
 
+    # From here on the folder is the run's.
     with stop.deferred():
         state = team.share(run.open())
         if state:
@@ -159,12 +165,15 @@ def training_loop(
         run.record(state, facts, {"device": str(place), "threads": torch.get_num_threads(), "processes": team.size})
     stop.raise_if_asked()
     at = Position.of(state)
-    is_first = team.part.rank == 0
-    tensorboard = TensorBoard(run.path, at.history, run.config.text(), hparams(run)) if is_first else None
+    tensorboard = None
+    if team.part.rank == 0:
+        tensorboard = TensorBoard(run.path, at.history, run.config.text(), hparams(run))
     commits = Commits(
         run, stop, stepper, built_callbacks, tensorboard, at, state,
         monitor, monitor_mode, log_every, stop_at, commit_steps, commit_seconds,
     )  # fmt: skip
+
+    # Trained, unless it is done.
     if state and (at.stopped or at.epoch >= n_epochs):
         commits.follow(state["averaged"] or state["network"])
         print(f"{run.path}: {at.epoch} epochs are done, nothing is left to train")
@@ -251,23 +260,21 @@ def find_device(name: str) -> torch.device:
 
     Raises Refused for a device that is not there.
     """
-    n_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes
-    mps = torch.backends.mps.is_available() and n_here == 1
+    n_here, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()  # here: processes
+    refusal = f"training_loop.device = {name!r}: cannot be used here"
     if name == "auto":
+        mps = torch.backends.mps.is_available() and n_here == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if n_here > 1 and name.startswith("cuda"):
-        if name != "cuda" or n_here > torch.cuda.device_count():
-            raise Refused(
-                f"training_loop.device = {name!r}: {n_here} processes need a GPU each, and {torch.cuda.device_count()} "
-                "are here: give torchrun another --nproc-per-node, or set training_loop.device='cpu'"
-            )
+        if name != "cuda" or n_here > n_gpus:
+            advice = "give torchrun another --nproc-per-node, or set training_loop.device='cpu'"
+            raise Refused(f"{refusal}: {n_here} processes need a GPU each, and {n_gpus} are here: {advice}")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise Refused(f"training_loop.device = {name!r}: cannot be used here: {reason}") from None
+        raise Refused(f"{refusal}: {str(error).splitlines()[0]}") from None
     return device
 
 
@@ -304,14 +311,13 @@ def describe(data: Data) -> dict[str, Any]:
     return {"name": data.name, "fingerprint": data.fingerprint, **shape, **sizes}
 
 
-def hparams(run: Run | Shadow) -> dict[str, bool | int | float | str]:
+def hparams(run: Run | Shadow) -> dict[str, float | str]:
     """The settings that files and -b give, as TensorBoard's hparams: one value each."""
-    given = {key: text for key, text in run.config.flat().items() if run.settings.binds(key)}
-    numbers: dict[str, bool | int | float | str] = {}
+    given: dict[str, float | str] = {key: v for key, v in run.config.flat().items() if run.settings.binds(key)}
     for key, text in given.items():
         with suppress(ValueError):
-            numbers[key] = float(text)
-    return given | numbers
+            given[key] = float(text)
+    return given
 
 
 def refuse_unknown_monitors(monitor: str, callbacks: Sequence[poutyne.Callback], metrics: Sequence[str]) -> None:
@@ -320,8 +326,8 @@ def refuse_unknown_monitors(monitor: str, callbacks: Sequence[poutyne.Callback],
     monitors = [(type(c).__name__, c.monitor) for c in callbacks if hasattr(c, "monitor")]
     for owner, name in [("training_loop", monitor), *monitors]:
         if name not in columns:
-            known = f"there are {', '.join(columns)}"
-            raise Refused(f"{owner}.monitor = {name!r} is no metric{nearest(name, columns)}: {known}")
+            advice = f"{nearest(name, columns)}: there are {', '.join(columns)}"
+            raise Refused(f"{owner}.monitor = {name!r} is no metric{advice}")
 
 
 def try_one_batch(trainer: "Trainer", n_classes: int) -> str:
@@ -520,13 +526,15 @@ class Trainer(poutyne.Model):
         return loss, (), None
 
     def _output(self, x: Tensor) -> Tensor:
+        if self.precision == "fp64":
+            x = x.double()
         network = self.trained if self.network.training else self.validated
         if self.precision == "bf16":
             with torch.autocast(x.device.type, torch.bfloat16):
-                output: Tensor = network(x).float()
+                x = network(x).float()
         else:
-            output = network(x.double() if self.precision == "fp64" else x)
-        return output
+            x = network(x)
+        return x
 
 
 # --- commits --------------------------------------------------------------------------------------
