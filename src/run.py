@@ -75,7 +75,7 @@ class Run:
 
     def _refuse_unfit(self) -> None:
         path = self.path
-        str(path.resolve()).encode()
+        str(path.resolve()).encode()  # a UnicodeError if the record could not name it
         if path.exists() and not path.is_dir():
             raise Refused(f"{path}: is a file: give the name of a folder for the run")
         place = next(p for p in (path, *path.parents) if p.exists())
@@ -131,10 +131,9 @@ class Run:
     # --- open and close
 
     def open(self) -> dict[str, Any] | None:
-        """Makes the folder, takes the lock, and returns the last commit, if there is one.
+        """Makes the folder, takes the lock, and returns the last commit, or the one before if that is damaged.
 
-        A damaged commit is reported, and the one before it taken. Raises Refused if both are damaged
-        or another process owns the run.
+        Raises Refused if both are damaged or another process owns the run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
@@ -143,10 +142,7 @@ class Run:
         return self._load()
 
     def record(self, state: Mapping[str, Any] | None, facts: Mapping[str, Any], start: Mapping[str, Any]) -> None:
-        """Writes down what runs from now on, from the commit `state`.
-
-        `facts` goes into meta.json, `start` into its list of starts.
-        """
+        """Writes down what runs from now on, from the commit `state`; `facts` and `start` go into meta.json."""
         self.beat(step=state["total_steps"] if state else 0)
         if self.output:
             self.output.move_to(self.path)
@@ -185,7 +181,7 @@ class Run:
         write(self.path / "environment.txt", record.environment())
 
     def _settle(self, state: Mapping[str, Any] | None) -> None:
-        """The config is that of the run: without what is of this start alone, from the beginning to the last epoch."""
+        """Makes the config the run's: without what is of this start alone, from its beginning to its last epoch."""
         values: dict[str, Any] = {"reload": False, "accept_changes": False, "stop_at": None}
         if state:
             n_epochs = int(self.config.flat()["training_loop.n_epochs"])
@@ -305,10 +301,8 @@ class Run:
         try:
             state = read_checkpoint(previous)
         except Damaged:
-            raise Refused(
-                f"{self.path}: checkpoint.pt and checkpoint.prev.pt are damaged: the run cannot be continued. best.pt "
-                "holds the best weights (training_loop.init_from starts a new run from them), history.csv the epochs"
-            ) from None
+            advice = "best.pt holds the best weights (training_loop.init_from starts a new run from them)"
+            raise Refused(f"{self.path}: checkpoint.pt and checkpoint.prev.pt are damaged: {advice}") from None
         self.warn(f"{reason}: going back to the commit before")
         os.replace(previous, path)
         return state
@@ -407,10 +401,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")
     except Exception as error:  # of all kinds; torch's own advice in it is to run what the file holds
-        raise Damaged(
-            f"{path}: is no checkpoint of this project: it holds more than tensors, numbers, strings and "
-            f"lists ({type(error).__name__}); nothing of it was run"
-        ) from None
+        what = f"it holds more than tensors, numbers, strings and lists ({type(error).__name__}); nothing of it was run"
+        raise Damaged(f"{path}: is no checkpoint of this project: {what}") from None
     return state
 
 

@@ -203,10 +203,7 @@ def training_loop(
 
 
 def build(builder: Callable[..., Any], **supplied: Any) -> Any:
-    """Calls the builder with those of the supplied arguments that it takes.
-
-    Raises Refused if it refuses the value of a setting, or a package is missing.
-    """
+    """Calls the builder with those of the supplied arguments that it takes. Raises Refused for what it refuses."""
     function = builder.__init__ if inspect.isclass(builder) else builder
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -256,10 +253,7 @@ def read_interval(commit_every: int | str | None) -> tuple[int | None, float | N
 
 
 def find_device(name: str) -> torch.device:
-    """'auto' takes cuda, then mps, then cpu; of several processes each takes a GPU of its own.
-
-    Raises Refused for a device that is not there.
-    """
+    """The device, or Refused. 'auto' is cuda, then mps, then cpu; of several processes each has a GPU of its own."""
     n_here, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()  # here: processes
     refusal = f"training_loop.device = {name!r}: cannot be used here"
     if name == "auto":
@@ -370,8 +364,7 @@ def warn_of_other_numbers(run: Run | Shadow, trainer: "Trainer") -> None:
     unlike = "the numbers are not those of a single process"
     if (norms := norms_of_one_process(network)) and not trainer.sync_batch_norm:
         run.warn(
-            f"batch norm takes mean and variance over the rows of each process ({', '.join(norms[:3])}): {unlike}, as "
-            "they are with training_loop.sync_batch_norm=True"
+            f"batch norm takes the rows of each process ({', '.join(norms[:3])}) without sync_batch_norm: {unlike}"
         )
     with torch.no_grad():
         output = copy.deepcopy(network).eval()(x)
@@ -380,10 +373,8 @@ def warn_of_other_numbers(run: Run | Shadow, trainer: "Trainer") -> None:
             causes = "reduction, weights of classes, ignore_index, pairs"
             run.warn(f"{type(loss).__name__} is no mean over rows ({causes}): {unlike}")
     if unreached_draws(network, x):
-        run.warn(
-            f"{type(network).__name__} draws random numbers in another way than by dropout (stochastic depth, say, or "
-            f"attention's dropout): each process draws for its rows alone, and {unlike}"
-        )
+        how = "by other means than dropout, as stochastic depth and attention do"
+        run.warn(f"{type(network).__name__} draws random numbers {how}, each process for its rows alone: {unlike}")
 
 
 def start_from(folder: str, network: nn.Module) -> dict[str, Any]:
@@ -561,10 +552,8 @@ class Position:
 
 @dataclass(eq=False)
 class Commits(poutyne.Callback):
-    """Puts the last commit back when training begins, and commits at the end of each epoch, when
-    it is time to inside one, and when a signal asks for a stop. Checks that the loss is finite.
-
-    Stands behind the callbacks that have a state, before those that show committed epochs.
+    """Puts the last commit back when training begins; commits at the end of each epoch, when it is time to inside one,
+    and when a signal asks for a stop; checks that the loss is finite. The last six fields as in `training_loop`.
     """
 
     run: Run | Shadow
@@ -592,9 +581,9 @@ class Commits(poutyne.Callback):
         if self.state:
             self._restore(self.state)
             self.follow(self.trainer.shown.state_dict())
-        if self.state and self.run.changed:  # from now on a commit holds the accepted settings
-            self._commit(self._pending())
-            self.run.write_config()
+            if self.run.changed:  # from now on a commit holds the accepted settings
+                self._commit(self._pending())
+                self.run.write_config()
         self._remember_commit()
 
     def _restore(self, state: Mapping[str, Any]) -> None:
