@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -19,19 +20,19 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from src import record
 from src.config import Config, Refused, Settings, format_value, read
-from src.output import NAMES, Output
+from src.output import Output
 
 # What a start that was killed at once leaves behind: no run yet.
-BEFORE_META = {"HEARTBEAT", "code.tar.gz", "git.txt", *NAMES}
-BEFORE_META |= {f".{name}.tmp" for name in ("meta.json", "code.tar.gz", "git.txt")}
+BEFORE_META = r"HEARTBEAT|std(out|err)(\.rank\d+)?\.txt|\.?(code\.tar\.gz|git\.txt)(\.tmp)?|\.meta\.json\.tmp"
 # Settings that may differ when a run goes on, since they do not change what is computed.
-LOOP_FREE = {"n_epochs", "reload", "accept_changes", "init_from", "commit_every", "stop_at", "device", "log_every"}
-FREE = {f"training_loop.{name}" for name in LOOP_FREE | {"detect_anomaly", "n_workers"}}
+LOOP_FREE = "n_epochs reload accept_changes init_from commit_every stop_at device log_every detect_anomaly n_workers"
+FREE = {f"training_loop.{name}" for name in LOOP_FREE.split()}
 # Where data come from: their fingerprint is compared.
 FREE |= {"cifar10.url", "cifar10.md5", "cifar10.timeout", "image_folder.folder"}
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
@@ -41,7 +42,7 @@ OWN: set[Path] = set()  # folders whose lock this process holds
 
 
 class Damaged(Refused):
-    """A checkpoint whose bytes are not those that were written."""
+    """A checkpoint that is missing, or whose bytes are not those that were written."""
 
 
 class Run:
@@ -54,48 +55,39 @@ class Run:
     config: Config  # checked, and with the data really used
 
     def __init__(self, path: str | Path, settings: Settings, command: Sequence[str]) -> None:
-        self.path = Path(path)
-        self.settings = settings
-        self.command = command
+        self.path, self.settings, self.command = Path(path), settings, command
         self.reload = settings.last("training_loop.reload", False) is True
         self.output: Output | None = None
         self.profile = False  # whether to write a trace of some steps
         self.meta: dict[str, Any] = {}
-        self.warnings: list[str] = []
+        self.warnings: list[str] = []  # of this start
         self.changed: list[str] = []  # settings that differ from the run's until now
         self.changes: list[str] = []  # these and the data, for people
         self.is_open = False
-        self._beat_at = 0.0
+        self._beat_at = -math.inf
         try:
             self._refuse_unfit()
-        except OSError as error:
-            raise Refused(f"{path}: cannot be looked at: {error.strerror}: choose another folder for the run") from None
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", "its name is not UTF-8")
+            raise Refused(f"{path}: cannot be looked at: {reason}: choose another folder for the run") from None
 
     # --- before anything is written
 
     def _refuse_unfit(self) -> None:
         path = self.path
-        try:
-            str(path.resolve()).encode()
-        except UnicodeEncodeError:
-            raise Refused(f"{path}: its name is not UTF-8: choose another folder for the run") from None
+        str(path.resolve()).encode()  # a UnicodeError if the record could not name it
         if path.exists() and not path.is_dir():
             raise Refused(f"{path}: is a file: give the name of a folder for the run")
-        place = path
-        while not place.exists():
-            place = place.parent
+        place = next(p for p in (path, *path.parents) if p.exists())
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             raise Refused(f"{path}: {place} cannot be written to: choose another folder for the run")
-        names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-        foreign = sorted(n for n in names - BEFORE_META if not re.fullmatch(r"std(out|err)\.rank\d+\.txt", n))
+        names = sorted(os.listdir(path)) if path.exists() else []
+        foreign = ", ".join([name for name in names if not re.fullmatch(BEFORE_META, name)][:3])
         if foreign and "meta.json" not in names:
-            raise Refused(
-                f"{path}: holds files that are no run's ({', '.join(foreign[:3])}): choose a new or empty folder"
-            )
+            raise Refused(f"{path}: holds files that are no run's ({foreign}): choose a new or empty folder")
         if names and not self.reload:
-            raise Refused(
-                f'{path}: holds a run already: continue it with -b "training_loop.reload=True", or remove the folder'
-            )
+            advice = 'continue it with -b "training_loop.reload=True", or remove the folder'
+            raise Refused(f"{path}: holds a run already: {advice}")
         if is_locked(path):
             raise Refused(_in_use(path))
 
@@ -112,63 +104,52 @@ class Run:
     def refuse_changes(self, data: Mapping[str, Any], *, accept: bool) -> None:
         """Compares settings and data with those of the folder's run.
 
-        Raises Refused when a difference would change what is computed; with `accept` it is warned of
-        and recorded instead.
+        Raises Refused when a difference would change what is computed (with `accept` it is warned of and recorded
+        instead), or when a finished run whose checkpoints were deleted is to have more epochs.
         """
         if not self.has_commit and not self.is_pruned:
             return
-        before = read_meta(self.path)["data"]
-        old, new = read_flat(self.path / "config.gin"), self.config.flat()
-        self.changed = [
-            key
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
-            and key not in FREE
-            # What only the code's defaults have added is the code's change, which is recorded as such.
-            and (key in old or self.settings.binds(key))
-        ]
+        old, new, before = read_flat(self.path / "config.gin"), self.config.flat(), read_meta(self.path)["data"]
+        # What only the code's defaults have added is the code's change, which is recorded as such.
+        counted = [key for key in sorted(old.keys() | new.keys()) if key in old or self.settings.binds(key)]
+        self.changed = [key for key in counted if key not in FREE and old.get(key) != new.get(key)]
         self.changes = [f"{key}: {old.get(key, '(not set)')} -> {new.get(key, '(not set)')}" for key in self.changed]
         if before["fingerprint"] != data["fingerprint"]:
             self.changes.insert(0, f"data: {_named(before)} -> {_named(data)}")
         if self.changes and not accept:
-            chosen = old["training_loop.data"]
-            same_data = (
-                f'. -b "training_loop.data={chosen}" takes the data that it was trained on'
-                if new["training_loop.data"] != chosen
-                else ""
-            )
-            raise Refused(
-                f"{self.path}: holds a run with other settings (old -> new):\n  "
-                + "\n  ".join(self.changes)
-                + "\nuse the old ones, start a new run in another folder, or take the new ones with "
-                + f"training_loop.accept_changes=True{same_data}"
-            )
+            advice = "use the old ones, start a new run in another folder, or take the new ones with "
+            advice += "training_loop.accept_changes=True"
+            if "training_loop.data" in self.changed:
+                advice += f'. -b "training_loop.data={old["training_loop.data"]}" takes the data that it was trained on'
+            title = f"{self.path}: holds a run with other settings (old -> new):"
+            raise Refused("\n  ".join([title, *self.changes]) + f"\n{advice}")
+        n_before, n_epochs = (int(flat["training_loop.n_epochs"]) for flat in (old, new))
+        if self.is_pruned and n_epochs > n_before:
+            advice = f"training_loop.init_from='{self.path}' starts a new one from its best weights"
+            raise Refused(f"{self.path}: the run's checkpoints were deleted: it ends at epoch {n_before}; {advice}")
 
     # --- open and close
 
     def open(self) -> dict[str, Any] | None:
-        """Makes the folder, takes the lock, and returns the last commit, if there is one.
+        """Makes the folder, takes the lock, and returns the last commit, or the one before if that is damaged.
 
-        A damaged commit is reported, and the one before it taken. Raises Refused if both are damaged
-        or another process owns the run.
+        Raises Refused if both are damaged or another process owns the run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
-        if not self.reload and {entry.name for entry in self.path.iterdir()} != {"HEARTBEAT"}:
+        if not self.reload and os.listdir(self.path) != ["HEARTBEAT"]:
             raise Refused(f"{self.path}: another process has just made a run here")
         return self._load()
 
     def record(self, state: Mapping[str, Any] | None, facts: Mapping[str, Any], start: Mapping[str, Any]) -> None:
-        """Writes down what runs from now on, from the commit `state`.
-
-        `facts` goes into meta.json, `start` into its list of starts.
-        """
-        self.beat(step=state["total_steps"] if state else 0, at_once=True)
+        """Writes down what runs from now on, from the commit `state`; `facts` and `start` go into meta.json."""
+        self.beat(step=state["total_steps"] if state else 0)
         if self.output:
             self.output.move_to(self.path)
-        self.meta = read_meta(self.path) if (self.path / "meta.json").exists() else {}
-        starts = self.meta.setdefault("starts", [])
-        number, now = len(starts) + 1, timestamp()
+        self.meta = read_meta(self.path) if (self.path / "meta.json").exists() else {"starts": [], "warnings": []}
+        self._settle(state)
+        starts, now = self.meta["starts"], timestamp()
+        number = len(starts) + 1
         code = record.code_files()
         changed = record.changed_files(code, self.path / self.meta["code"]) if state else []
         if changed:
@@ -176,8 +157,7 @@ class Run:
         for change in self.changes:
             self.warn(f"the run goes on with another setting: {change}")
         begin = {key: state[key] if state else 0 for key in ("epoch", "step", "total_steps")}
-        entry = {"start": now, "stop": None, "status": "running", "exit": None, **begin, **start}
-        entry |= {"host": socket.gethostname(), "pid": os.getpid()}
+        entry = {"start": now, "stop": None, "status": "running", "exit": None, **begin, **start, **_machine()}
         if changed or not state:
             entry["code"] = self.meta["code"] = f"code.{number}.tar.gz" if changed else "code.tar.gz"
             write(self.path / entry["code"], record.code_archive(code))
@@ -188,10 +168,9 @@ class Run:
             entry["config"] = self.config.text()
         if not self.changed:  # else config.gin says it once a commit holds it
             self.write_config()
-        starts.append(entry)
+        warnings = list(dict.fromkeys([*self.meta["warnings"], *self.warnings]))
+        self.meta |= {"starts": [*starts, entry], "warnings": warnings, "status": "running", "exit": None, **facts}
         self.is_open = True  # there is an entry that says how it ends
-        self.meta |= {"status": "running", "exit": None, **facts}
-        self.warnings = list(dict.fromkeys([*self.meta.get("warnings", []), *self.warnings]))
         self._write_meta()
         with open(self.path / "command.sh", "a", encoding="utf-8") as file:
             if file.tell() == 0:
@@ -200,6 +179,16 @@ class Run:
         (self.path / "command.sh").chmod(0o755)
         record.copy_configs(self.settings.files, self.path / "configs")
         write(self.path / "environment.txt", record.environment())
+
+    def _settle(self, state: Mapping[str, Any] | None) -> None:
+        """Makes the config the run's: without what is of this start alone, from its beginning to its last epoch."""
+        values: dict[str, Any] = {"reload": False, "accept_changes": False, "stop_at": None}
+        if state:
+            n_epochs = int(self.config.flat()["training_loop.n_epochs"])
+            values["n_epochs"] = max(n_epochs, state["epoch"])
+            values["init_from"] = self.meta.get("init_from", {}).get("run")
+        for name, value in values.items():
+            self.config = self.config.set(f"training_loop.{name}", value)
 
     def write_config(self) -> None:
         """config.gin: the settings that the run goes on with."""
@@ -213,16 +202,14 @@ class Run:
                 fcntl.lockf(self._heartbeat, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 OWN.add(self.path.resolve())
                 return
+            except (BlockingIOError, PermissionError):
+                time.sleep(0.02 * attempt)
             except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    (self.path / "HEARTBEAT").unlink()
-                    with suppress(OSError):  # not empty: it was there before
-                        self.path.rmdir()
-                    raise Refused(
-                        f"{self.path}: this file system has no locks ({error.strerror}): two "
-                        "processes could write to one run; choose a folder on another one"
-                    ) from None
-            time.sleep(0.02 * attempt)
+                (self.path / "HEARTBEAT").unlink()
+                with suppress(OSError):  # not empty: it was there before
+                    self.path.rmdir()
+                reason = f"this file system has no locks ({error.strerror})"
+                raise Refused(f"{self.path}: {reason}: choose a folder on another one") from None
         raise Refused(_in_use(self.path))
 
     def close(self, status: str, exit_code: int, message: str) -> int:
@@ -234,20 +221,20 @@ class Run:
         if message:
             with suppress(OSError):  # what stderr.txt cannot take stays in the buffer, for the terminal
                 print(message.rstrip(), file=sys.stderr)
-        try:
-            if self.is_open:
-                self.meta |= {"status": status, "exit": exit_code}
-                self.meta["starts"][-1] |= {"status": status, "exit": exit_code, "stop": timestamp()}
-                self._write_meta()
-            if self.is_open and status == "finished":
-                write(self.path / "FINISHED", timestamp() + "\n")
-        except OSError as error:  # the disk is full, or the folder is gone
-            exit_code = exit_code or 1
-            unsaid = "" if message else self.why_lost(error) or f"{self.path}: {error}"
         if self.is_open:
+            end = {"status": status, "exit": exit_code}
+            try:
+                self.meta["starts"][-1] |= end | {"stop": timestamp()}
+                self.meta |= end
+                self._write_meta()
+                if status == "finished":
+                    write(self.path / "FINISHED", timestamp() + "\n")
+            except OSError as error:  # the disk is full, or the folder is gone
+                exit_code = exit_code or 1
+                unsaid = "" if message else self.why_lost(error) or f"{self.path}: {error}"
             os.close(self._heartbeat)
             OWN.discard(self.path.resolve())
-        self.is_open = False
+            self.is_open = False
         if self.output:
             self.output.close()
         if unsaid:
@@ -255,62 +242,42 @@ class Run:
         return exit_code
 
     def warn(self, message: str) -> None:
-        """A warning that the record keeps: on stderr and in meta.json."""
+        """A warning, on stderr, that `record` keeps in meta.json."""
         print(f"warning: {message}", file=sys.stderr)
         self.warnings.append(message)
-        if self.is_open:
-            self._write_meta()
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether the folder is no longer the one that `open` took the lock in: removed, or another in its place."""
-        try:
-            return not os.path.samestat(os.fstat(self._heartbeat), os.stat(self.path / "HEARTBEAT"))
-        except FileNotFoundError:
-            return True
 
     def _refuse_gone(self) -> None:
-        # Another process may own a new folder of this name.
-        if self.is_gone:
+        """Raises FileNotFoundError if the folder is removed, or another one that a process may own has its name."""
+        if not os.path.samestat(os.fstat(self._heartbeat), os.stat(self.path / "HEARTBEAT")):
             raise FileNotFoundError(errno.ENOENT, "was removed", str(self.path))
 
     def _write_meta(self) -> None:
         self._refuse_gone()
-        meta = self.meta | {"warnings": self.warnings}
-        write(self.path / "meta.json", json.dumps(meta, indent=2) + "\n")
+        write(self.path / "meta.json", json.dumps(self.meta, indent=2) + "\n")
 
-    def beat(self, step: int, at_once: bool = False) -> None:
+    def beat(self, step: int) -> None:
         """HEARTBEAT: the last step and its time, rewritten at most every 10 s."""
         now = time.monotonic()
-        if at_once or now - self._beat_at > HEARTBEAT_SECONDS:
+        if now - self._beat_at > HEARTBEAT_SECONDS:
             self._beat_at = now
             line = f"step {step} {timestamp()}\n".encode()
             os.pwrite(self._heartbeat, line, 0)
             os.ftruncate(self._heartbeat, len(line))
 
     def why_lost(self, error: BaseException) -> str | None:
-        """What to tell the person if the folder can no longer be written to, or a worker was killed, which
-        torch notices wherever the run is just then; None for another error.
-        """
+        """What to tell if the folder cannot be written to any more, or a worker was killed; None for another error."""
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-            what = str(error).splitlines()[0]  # by whoever needed its memory, as a rule
-            return f"a process that reads the data was killed ({what}): try a smaller training_loop.n_workers"
+            advice = "by whoever needed its memory, as a rule: try a smaller training_loop.n_workers"
+            return f"a process that reads the data was killed, {advice} ({str(error).splitlines()[0]})"
         if not isinstance(error, OSError):
             return None
-        if self.is_open and self.is_gone:
-            return f"{self.path}: was removed while the run was writing to it"
         ours = error.filename and Path(os.fsdecode(error.filename)).resolve().is_relative_to(self.path.resolve())
-        if ours or error.errno in DISK_ERRORS:
-            return (
-                f"{self.path}: cannot be written to: {error.strerror}. What was committed is intact: put that "
-                "right, then go on with training_loop.reload=True"
-            )
-        return None
-
-    @property
-    def began_from(self) -> str | None:
-        """The folder whose best weights the run began from, as meta.json says."""
-        return read_meta(self.path).get("init_from", {}).get("run")  # type: ignore[no-any-return]
+        if ours and isinstance(error, FileNotFoundError):
+            return f"{self.path}: was removed while the run was writing to it"
+        if not ours and error.errno not in DISK_ERRORS:
+            return None
+        advice = "What was committed is intact: put that right, then go on with training_loop.reload=True"
+        return f"{self.path}: cannot be written to: {error.strerror}. {advice}"
 
     # --- commit and load
 
@@ -329,18 +296,15 @@ class Run:
             return None
         try:
             return read_checkpoint(path)
-        except (FileNotFoundError, Damaged) as damage:
-            try:
-                state = read_checkpoint(previous)
-            except (FileNotFoundError, Damaged):
-                raise Refused(
-                    f"{self.path}: checkpoint.pt and checkpoint.prev.pt are damaged: the run cannot be continued. "
-                    "best.pt holds the best weights (training_loop.init_from starts a new run from them), "
-                    "history.csv the epochs"
-                ) from None
-            reason = damage.message if isinstance(damage, Damaged) else f"{path}: is missing"
+        except Damaged as damage:
+            reason = damage.message
+        try:
+            state = read_checkpoint(previous)
+        except Damaged:
+            advice = "best.pt holds the best weights (training_loop.init_from starts a new run from them)"
+            raise Refused(f"{self.path}: checkpoint.pt and checkpoint.prev.pt are damaged: {advice}") from None
         self.warn(f"{reason}: going back to the commit before")
-        _link(previous, path)  # the next commit keeps what checkpoint.pt holds as the previous one
+        os.replace(previous, path)
         return state
 
     def unfinish(self) -> None:
@@ -362,33 +326,23 @@ class Shadow:
 
     config: Config
     is_pruned = has_commit = profile = False
-    began_from = None
 
     def __init__(self, path: str | Path, settings: Settings, rank: int) -> None:
         self.path, self.settings, self.rank = Path(path), settings, rank
         self.output: Output | None = None
         self.changed: list[str] = []  # as the first says
 
-    def open(self) -> None:
-        """The first opens it."""
+    def ignore(self, *_: Any, **__: Any) -> Any:
+        """The first does it."""
+
+    open = refuse_changes = warn = why_lost = beat = commit = ignore
+    write_config = write_history = write_best = unfinish = ignore
 
     def record(self, *_: Any) -> None:
         """From now on what is printed goes into the folder."""
         if self.output:
             self.path.mkdir(parents=True, exist_ok=True)  # on another machine it may not be seen
             self.output.move_to(self.path)
-
-    def refuse_changes(self, *_: Any, accept: bool) -> None:
-        """The first does it."""
-
-    def warn(self, *_: Any) -> None:
-        """The first does it."""
-
-    write_config = write_history = write_best = commit = unfinish = beat = warn
-
-    def why_lost(self, error: BaseException) -> str | None:
-        """What a bug is told by is its traceback."""
-        return None
 
     def close(self, status: str, exit_code: int, message: str) -> int:
         """Returns the exit code. On the terminal it says what the first cannot: a bug here, a refusal on another
@@ -425,31 +379,30 @@ def is_locked(path: Path) -> bool:
     try:
         with open(path / "HEARTBEAT", "rb") as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except FileNotFoundError:
         return False
     except OSError as error:
-        return error.errno in (errno.EACCES, errno.EAGAIN)
+        return isinstance(error, BlockingIOError | PermissionError)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Reads what `write_checkpoint` wrote, tensors on the CPU; runs no code that a file may hold.
 
-    Raises Damaged if a byte differs, or if it was written by something else.
+    Raises Damaged if it is missing, a byte differs, or it was written by something else.
     """
     import torch
 
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise Damaged(f"{path}: is missing") from None
     body, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     if hashlib.sha256(body).digest() != digest:
         raise Damaged(f"{path}: is damaged (its checksum does not fit)")
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")
     except Exception as error:  # of all kinds; torch's own advice in it is to run what the file holds
-        raise Damaged(
-            f"{path}: is no checkpoint of this project: it holds more than tensors, numbers, strings and "
-            f"lists ({type(error).__name__}); nothing of it was run"
-        ) from None
+        what = f"it holds more than tensors, numbers, strings and lists ({type(error).__name__}); nothing of it was run"
+        raise Damaged(f"{path}: is no checkpoint of this project: {what}") from None
     return state
 
 
@@ -478,8 +431,11 @@ def write(path: Path, content: str | bytes | memoryview, previous: Path | None =
         with suppress(OSError):  # a full disk needs the room for meta.json
             temporary.unlink()
         raise
-    if previous and path.exists():
-        _link(path, previous)  # a link: `path` exists at every instant
+    if previous and path.exists():  # as another name of the file: `path` exists at every instant
+        link = previous.with_name(f".{previous.name}.link")
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        os.replace(link, previous)
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -488,28 +444,20 @@ def write(path: Path, content: str | bytes | memoryview, previous: Path | None =
         os.close(folder)
 
 
-def _link(path: Path, name: Path) -> None:
-    """`name` becomes another name of the file `path`, in place of what it was."""
-    temporary = name.with_name(f".{name.name}.link")
-    temporary.unlink(missing_ok=True)
-    os.link(path, temporary)
-    os.replace(temporary, name)
-
-
 def timestamp() -> str:
     """Now, in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def machine() -> dict[str, Any]:
-    """What a start ran on, but for the device."""
-    from importlib.metadata import version
-
+def _machine() -> dict[str, Any]:
+    """What a start runs on, but for the device."""
     packages = ("torch", "torchvision", "poutyne", "gin-config", "numpy")
     return {
         "platform": platform.platform(terse=True),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: metadata.version(name) for name in packages},
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
     }
 
 

@@ -9,12 +9,13 @@ import inspect
 import math
 import os
 import random
+import re
 import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -29,125 +30,70 @@ from src.callbacks import WarmupCosine, external, poutyne
 from src.callbacks.profile import Profile
 from src.callbacks.progress import Progress
 from src.callbacks.tensorboard import TensorBoard
-from src.config import LOOP_SUPPLIES, Config, Failed, Refused, Settings, check, nearest
+from src.config import Config, Failed, Refused, Settings, check, nearest
 from src.data.dataset import Batches, Data
 from src.distributed import GlobalBatch, Team, norms_of_one_process, unreached_draws
 from src.metrics import Accuracy, LossList, MetricList, register_torchmetric
 from src.models.summary import summarise
 from src.models.torchvision_models import register as register_torchvision
-from src.run import Damaged, Run, Shadow, machine, read_checkpoint, read_flat
+from src.run import Run, Shadow, read_checkpoint
 from src.stop import Stopped, StopRequest
 
-EXTERNAL: dict[str, Callable[[str], None]] = {
-    "torchvision.models.": register_torchvision,
-    "torchmetrics.": register_torchmetric,
-    "poutyne.": external.register_poutyne,
-}
 
-
-def register_torch() -> None:
-    """Registers torch's optimizers, losses and LR schedulers with gin, by their bare names."""
-    base = torch.optim.Optimizer
-    left_out = (base, torch.optim.LBFGS)  # LBFGS calls the forward itself, several times a step
-    for optimizer in vars(torch.optim).values():
-        if inspect.isclass(optimizer) and issubclass(optimizer, base) and optimizer not in left_out:
-            gin.external_configurable(optimizer, module="torch.optim", denylist=["params"])
-    for name, loss in vars(nn).items():
-        if name.endswith("Loss"):
-            gin.external_configurable(loss, module="torch.nn")
-    external.register_schedulers()
-
-
-register_torch()
-
-
-def configure(settings: Settings) -> Config:
-    """Checks the settings against all that can be named here. Raises Refused."""
-    return check(settings, "training_loop", EXTERNAL)
-
-
-# Over 100 lines, most of them the settings and what they mean: the one list of what a run can be told.
+# Over 100 lines, half of them settings: the one list of what a run can be told, then all that it does, in order.
 @gin.register(denylist=["run", "stop", "team"])
 def training_loop(
-    run: Run | Shadow,
-    stop: StopRequest,
-    team: Team,
+    run: Run | Shadow,  # its folder
+    stop: StopRequest,  # the signals that ask for a stop
+    team: Team,  # the processes that torchrun has started
+    # What builds the parts, uncalled: the loop seeds, then builds. It supplies input_shape and n_classes, the
+    # optimizer's params, and parameters to callbacks that ask for them.
     data: Callable[..., Data],
     model: Callable[..., nn.Module],
     optimizer: Callable[..., torch.optim.Optimizer],
-    trainer: Callable[..., poutyne.Model] | None = None,
+    trainer: Callable[..., poutyne.Model] | None = None,  # a subclass of Trainer with a step of its own
     loss: Callable[..., nn.Module] = nn.CrossEntropyLoss,
     metrics: Sequence[Callable[..., nn.Module]] = (Accuracy,),
     callbacks: Sequence[Callable[..., poutyne.Callback]] = (),
-    n_epochs: int = 1,
-    batch_size: int = 128,
-    accumulate: int = 1,
-    clip_norm: float | None = None,
+    n_epochs: int = 1,  # the run ends after this epoch; it may be raised later with reload=True
+    batch_size: int = 128,  # images a batch, of all processes together; the last one of an epoch may be smaller
+    accumulate: int = 1,  # batches an optimizer step; their gradients make the mean over all their images
+    clip_norm: float | None = None,  # the largest norm of all gradients together; larger ones are scaled down to it
+    # 0.999, say: validation, best.pt and the test take an exponential moving average of the weights over the steps
+    # (Polyak and Juditsky 1992), with the last step's buffers. In the first n steps the decay is at most
+    # (1 + n) / (10 + n), as in TensorFlow, so that the random weights of the beginning are forgotten.
     ema_decay: float | None = None,
+    # 'bf16': the forward in bfloat16 where autocast does; weights and loss stay in fp32. 'fp64': for checks.
     precision: Literal["fp32", "bf16", "fp64"] = "fp32",
-    compile: bool = False,
-    channels_last: bool = True,
-    fused: bool = True,
-    seed: int = 0,
-    monitor: str = "val_acc",
+    compile: bool = False,  # torch.compile; it pays on a GPU, and takes a minute at the start
+    channels_last: bool = True,  # memory format of images and their network: faster convolutions
+    fused: bool = True,  # the optimizer's fused form where torch has one for the device
+    seed: int = 0,  # of the weights, the order of the data, its augmentation and dropout
+    monitor: str = "val_acc",  # the column of history.csv whose largest or smallest value is the best epoch
     monitor_mode: Literal["min", "max"] = "max",
-    device: str = "auto",
-    deterministic: bool = False,
-    reload: bool = False,
-    accept_changes: bool = False,
-    commit_every: int | str | None = None,
-    init_from: str | None = None,
-    log_every: int = 50,
-    steps_per_epoch: int | None = None,
-    stop_at: int | None = None,
-    n_workers: int | None = None,
-    sync_batch_norm: bool = True,
-    detect_anomaly: bool = False,
+    device: str = "auto",  # 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
+    deterministic: bool = False,  # deterministic algorithms, for the same bits on a GPU
+    reload: bool = False,  # goes on from the last commit if there is one
+    accept_changes: bool = False,  # goes on with settings or data that change the result; the record keeps both
+    commit_every: int | str | None = None,  # commits inside an epoch, too: 500 (batches) or '10min'
+    init_from: str | None = None,  # a run's folder: starts from its best weights
+    log_every: int = 50,  # batches between two looks at the loss; the device is not waited for in between
+    steps_per_epoch: int | None = None,  # fewer batches an epoch, for debugging; also of validation
+    stop_at: int | None = None,  # stops after so many batches in all, committed, as a signal would
+    n_workers: int | None = None,  # processes that read data which are streamed; None: one for each core, 0: none
+    sync_batch_norm: bool = True,  # of several processes: mean and variance over the rows of all, as a single one has
+    detect_anomaly: bool = False,  # torch's anomaly detection: names the operation behind a NaN. Slow.
 ) -> Data:
     """Trains `model` on `data` into the run's folder and returns the data.
 
     Everything is built and tried on one batch in memory first; a mistake leaves no trace.
-
-    Args:
-        run, stop, team: the folder, the signals that ask for a stop, and the processes that torchrun has
-            started; not configured by gin.
-        data, model, optimizer, loss, metrics, callbacks: what builds them, uncalled: the loop
-            seeds, then builds. It supplies input_shape and n_classes, the optimizer's params, and
-            parameters to callbacks that ask for them.
-        trainer: a subclass of Trainer with a step of its own; None: Trainer.
-        n_epochs: the run ends after this epoch; it may be raised later with reload=True.
-        batch_size: images a batch; the last batch of an epoch may be smaller.
-        accumulate: batches an optimizer step; their gradients make the mean over all their images.
-        clip_norm: the largest norm of all gradients together; larger ones are scaled down to it.
-        ema_decay: 0.999, say: validation, best.pt and the test take an exponential moving average of the
-            weights over the steps (Polyak and Juditsky 1992), with the last step's buffers. In the first n
-            steps the decay is at most (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage, so that the
-            random weights of the beginning are forgotten.
-        precision: 'bf16': the forward in bfloat16 where autocast does; weights and loss stay in fp32.
-            'fp64': all in double precision, for checks of what computes.
-        compile: torch.compile; it pays on a GPU, and takes a minute at the start.
-        channels_last: memory format of images and their network: faster convolutions.
-        fused: the optimizer's fused form where torch has one for the device.
-        seed: of the weights, the order of the data, its augmentation and dropout.
-        monitor, monitor_mode: the column of history.csv whose 'min' or 'max' is the best epoch.
-        device: 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'.
-        deterministic: deterministic algorithms, for the same bits on a GPU.
-        reload: goes on from the last commit if there is one.
-        accept_changes: goes on with settings or data that change the result; the record keeps both.
-        commit_every: commits inside an epoch, too: 500 (batches) or '10min'.
-        init_from: a run's folder: starts from its best weights.
-        log_every: batches between two looks at the loss; the device is not waited for in between.
-        steps_per_epoch: fewer batches an epoch, for debugging; also of validation.
-        stop_at: stops after so many batches in all, committed, as a signal would.
-        n_workers: processes that read data which are streamed; None: one for each core, 0: none.
-        sync_batch_norm: of several processes: mean and variance over the rows of all, as a single one has them.
-        detect_anomaly: torch's anomaly detection: names the operation behind a NaN. Slow.
 
     Raises:
         Refused: something does not fit; the folder is as it was.
         Stopped: a signal asked for it, or stop_at. The exit code is 128 + signal, or 0.
         Failed: the loss or the weights are no longer finite, or the data can no longer be read.
     """
+    # What needs no data: numbers, the device, the other processes.
     counts = {"n_epochs": n_epochs, "batch_size": batch_size, "accumulate": accumulate, "log_every": log_every}
     for name, value in (counts | {"steps_per_epoch": steps_per_epoch, "stop_at": stop_at}).items():
         if value is not None and value < 1:
@@ -155,103 +101,79 @@ def training_loop(
     commit_steps, commit_seconds = read_interval(commit_every)
     place = find_device(device)
     team.start(place)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = not deterministic
-    torch.autograd.set_detect_anomaly(detect_anomaly)
+    set_torch(deterministic, detect_anomaly)
 
-    fetched = build(data) if team.part.rank == 0 else None
-    team.share(None)  # the others wait until what is missing is there
-    dataset: Data = fetched or build(data)
-    if dataset.choice is not None:
-        run.config = run.config.choose("data", dataset.choice)
-    if batch_size > len(dataset.train):
-        raise Refused(
-            f"training_loop.batch_size = {batch_size}, but {dataset.name} has only "
-            f"{len(dataset.train)} images to train on"
-        )
+    # The data, and whether the folder holds a run of them, with these settings, to go on with.
+    dataset = fetch(data, team)
+    if batch_size > (n := len(dataset.train)):
+        raise Refused(f"training_loop.batch_size = {batch_size}, but {dataset.name} has only {n} images to train on")
     if batch_size < team.size:
         raise Refused(f"training_loop.batch_size = {batch_size}, but {team.size} processes share it")
-    if team.share(dataset.fingerprint) != dataset.fingerprint:
-        raise Refused(f"{dataset.name} is not the same here, for rank {team.part.rank}, as for rank 0")
-    run.refuse_changes(describe(dataset), accept=accept_changes)
+    if dataset.choice is not None:
+        run.config = run.config.choose("data", dataset.choice)
+    about_data = describe(dataset)
+    run.refuse_changes(about_data, accept=accept_changes)
     is_pruned, has_commit, run.changed = team.share((run.is_pruned, run.has_commit, run.changed))
     if is_pruned:
-        if isinstance(run, Run):
-            refuse_more_epochs(run, n_epochs)
+        print(f"{run.path}: is finished, nothing is left to train")
         team.end()
         return dataset
 
+    # All parts.
     seed_all(seed)
-    network = build(model, input_shape=dataset.input_shape, n_classes=dataset.n_classes).to(place)
+    network = build(model, input_shape=dataset.input_shape, n_classes=dataset.n_classes)
     memory_format = memory_format_of(dataset, channels_last)
-    network.to(memory_format=memory_format)
-    if precision == "fp64":
-        network.double()
+    network.to(place, torch.float64 if precision == "fp64" else None, memory_format=memory_format)
     if team.size > 1 and sync_batch_norm and place.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     trainable = [p for p in network.parameters() if p.requires_grad]
-    train = Batches(dataset.train.to(place, n_workers, memory_format, team.part), batch_size, seed, steps_per_epoch)
-    valid = Batches(dataset.valid.to(place, n_workers, memory_format, team.part), batch_size, limit=steps_per_epoch)
+    splits = [split.to(place, n_workers, memory_format, team.part) for split in (dataset.train, dataset.valid)]
+    train = Batches(splits[0], batch_size, seed, steps_per_epoch)
+    valid = Batches(splits[1], batch_size, limit=steps_per_epoch)
+    losses = LossList(build(loss).to(place), team)
+    metric_list = MetricList([build(m, n_classes=dataset.n_classes).to(place) for m in metrics], team)
     parts = Parts(
-        network,
-        build_optimizer(optimizer, trainable, fused),
-        LossList(build(loss).to(place), team),
-        MetricList([build(m, n_classes=dataset.n_classes).to(place) for m in metrics], team),
-        train,
-        valid,
-        team,
-        accumulate,
-        clip_norm,
-        ema_decay,
-        precision,
-        compile,
-        sync_batch_norm,
-    )
+        network, build_optimizer(optimizer, trainable, fused), losses, metric_list, train, valid, team,
+        accumulate, clip_norm, ema_decay, precision, compile, sync_batch_norm,
+    )  # fmt: skip
     stepper: Trainer = build(trainer or Trainer, parts=parts)
     built_callbacks = [build(callback, parameters=trainable) for callback in callbacks]
-    refuse_unknown_monitors(monitor, built_callbacks, stepper.metrics.names)
-    for callback in built_callbacks:
-        external.try_callback(callback, build(optimizer, params=[nn.Parameter(torch.zeros(1))]))
+
+    # They are tried, in memory.
+    refuse_unknown_monitors(monitor, built_callbacks, metric_list.names)
     n_steps = n_epochs * math.ceil(train.n_batches / accumulate)
     for callback in built_callbacks:
+        external.try_callback(callback, build(optimizer, params=[nn.Parameter(torch.zeros(1))]))
         if isinstance(callback, WarmupCosine) and callback.total_steps < n_steps:
-            run.warn(
-                f"WarmupCosine.total_steps = {callback.total_steps}, but {n_epochs} epochs have {n_steps} optimizer "
-                f"steps: in the rest the learning rate stays at {callback.final:g} of the optimizer's"
-            )
+            steps = f"{n_epochs} epochs have {n_steps} optimizer steps"
+            rest = f"in the rest the learning rate stays at {callback.final:g} of the optimizer's"
+            run.warn(f"WarmupCosine.total_steps = {callback.total_steps}, but {steps}: {rest}")
     print(try_one_batch(stepper, dataset.n_classes))
-    facts: dict[str, Any] = {
-        "data": describe(dataset),
-        "model": run.config.flat()["training_loop.model"][1:],
-        "parameters": sum(p.numel() for p in trainable),
-        "seed": seed,
-        "monitor": monitor,
-        "monitor_mode": monitor_mode,
-    }
     if team.size > 1:
-        warn_of_other_numbers(run, stepper, sync_batch_norm)
+        warn_of_other_numbers(run, stepper)
+    model_name = run.config.flat()["training_loop.model"][1:]
+    facts = {"data": about_data, "model": model_name, "parameters": sum(p.numel() for p in trainable)}
+    facts |= {"seed": seed, "monitor": monitor, "monitor_mode": monitor_mode}
     if init_from and not has_commit:
         facts["init_from"] = start_from(init_from, network)
 
+    # From here on the folder is the run's.
     with stop.deferred():
         state = team.share(run.open())
-        at = Position.of(state)
         if state:
             refuse_unfit(state, stepper)
-            run.config = run.config.set("training_loop.n_epochs", max(n_epochs, at.epoch))
-            run.config = run.config.set("training_loop.init_from", run.began_from)
-        for name, value in {"reload": False, "accept_changes": False, "stop_at": None}.items():
-            run.config = run.config.set(f"training_loop.{name}", value)  # of this start, not of the run
-        start = {"device": str(place), "threads": torch.get_num_threads(), "processes": team.size, **machine()}
-        run.record(state, facts, start)
+        run.record(state, facts, {"device": str(place), "threads": torch.get_num_threads(), "processes": team.size})
     stop.raise_if_asked()
-    tensorboard = TensorBoard(run.path, at.history, run.config.text(), hparams(run)) if isinstance(run, Run) else None
+    at = Position.of(state)
+    tensorboard = None
+    if team.part.rank == 0:
+        tensorboard = TensorBoard(run.path, at.history, run.config.text(), hparams(run))
     commits = Commits(
-        run, stop, team, stepper, built_callbacks, tensorboard, at, state,
+        run, stop, stepper, built_callbacks, tensorboard, at, state,
         monitor, monitor_mode, log_every, stop_at, commit_steps, commit_seconds,
     )  # fmt: skip
+
+    # Trained, unless it is done.
     if state and (at.stopped or at.epoch >= n_epochs):
         commits.follow(state["averaged"] or state["network"])
         print(f"{run.path}: {at.epoch} epochs are done, nothing is left to train")
@@ -259,25 +181,15 @@ def training_loop(
         run.unfinish()
         begin = f"on in epoch {at.epoch + 1}, after step {at.step}" if state else f"seed {seed}"
         where = f"{team.size} processes, {place.type}" if team.size > 1 else str(place)
-        print(f"{run.path}: {facts['model']} on {dataset.name} ({len(dataset.train)} images), {where}, {begin}")
+        print(f"{run.path}: {model_name} on {dataset.name} ({len(dataset.train)} images), {where}, {begin}")
+        called = [*built_callbacks, commits]  # what stands behind it sees committed epochs only
+        if tensorboard:
+            called += [tensorboard, Progress(run.output.terminal if run.output else None, train, batch_size)]
+        if run.profile:
+            called.append(Profile(run.path))
         with stop.deferred():
             stepper.fit_generator(
-                train,
-                valid,
-                epochs=n_epochs,
-                initial_epoch=at.epoch + 1,
-                verbose=False,
-                callbacks=[
-                    *built_callbacks,
-                    commits,  # what stands behind it sees committed epochs only
-                    *([tensorboard] if tensorboard else []),
-                    *([Profile(run.path)] if run.profile else []),
-                    *(
-                        [Progress(run.output.terminal if run.output else None, train, batch_size)]
-                        if tensorboard
-                        else []
-                    ),
-                ],
+                train, valid, epochs=n_epochs, initial_epoch=at.epoch + 1, verbose=False, callbacks=called
             )
         stop.signal = team.largest(stop.signal)
         stop.raise_if_asked()  # what is left may take long
@@ -291,26 +203,26 @@ def training_loop(
 
 
 def build(builder: Callable[..., Any], **supplied: Any) -> Any:
-    """Calls the builder with those of the supplied arguments that it takes.
-
-    Raises Refused if a setting has a value that it refuses with a ValueError or RuntimeError, or a package is missing.
-    """
+    """Calls the builder with those of the supplied arguments that it takes. Raises Refused for what it refuses."""
     function = builder.__init__ if inspect.isclass(builder) else builder
-    parameters = inspect.signature(function).parameters.values()
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    names = {p.name for p in parameters}
-    if wrong := [name for name in names & set(LOOP_SUPPLIES) - set(supplied) if is_needed(function, name)]:
-        raise Refused(f"{builder.__name__} cannot stand where it does: it needs {wrong[0]}, which is not given there")
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    with refusing(builder.__name__):
+        return builder(**{k: v for k, v in supplied.items() if takes_all or k in parameters})
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Errors that settings lead to become Refused: `what: the error (file:line)`, of our own code if some is in it."""
     try:
-        return builder(**{k: v for k, v in supplied.items() if takes_all or k in names})
-    except (ValueError, RuntimeError, ImportError) as error:
+        yield
+    except (RuntimeError, ValueError, IndexError, ImportError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        others = ("src/training_loop.py", "src/models/summary.py")
+        ours = [f for f in frames if "site-packages" not in f.filename and not f.filename.endswith(others)]
+        place = (ours or frames)[-1]
         said = str(error).partition("\n  In call to configurable")[0]  # by gin
-        raise Refused(f"{builder.__name__}: {said}{place_of(error)}") from None
-
-
-def is_needed(function: Callable[..., Any], name: str) -> bool:
-    """Whether the parameter has no default."""
-    return inspect.signature(function).parameters[name].default is inspect.Parameter.empty
+        raise Refused(f"{what}: {said} ({place.filename}:{place.lineno})") from None
 
 
 def build_optimizer(
@@ -329,53 +241,44 @@ def memory_format_of(data: Data, channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last and len(data.input_shape) == 3 else torch.contiguous_format
 
 
-def place_of(error: Exception) -> str:
-    """` (file:line)` of the code that raised it, of our own if some had a part in it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if "site-packages" not in f.filename and f.filename != __file__]
-    ours = [f for f in ours if not f.filename.endswith("src/models/summary.py")]
-    return f" ({(ours or frames)[-1].filename}:{(ours or frames)[-1].lineno})"
-
-
 def read_interval(commit_every: int | str | None) -> tuple[int | None, float | None]:
     """commit_every as batches and seconds, one of them None. Raises Refused."""
-    if commit_every is None:
-        return None, None
-    if isinstance(commit_every, int) and commit_every >= 1:
+    if commit_every is None or (isinstance(commit_every, int) and commit_every >= 1):
         return commit_every, None
-    try:
-        minutes = float(str(commit_every).strip().removesuffix("min"))
-        assert str(commit_every).endswith("min") and 0 < minutes < math.inf
-    except (ValueError, AssertionError):
-        raise Refused(
-            f"training_loop.commit_every = {commit_every!r}: give batches, such as 500, or minutes, such as '10min'"
-        ) from None
-    return None, 60 * minutes
+    minutes = re.fullmatch(r"(\d*\.?\d+) ?min", str(commit_every))
+    if minutes is None or float(minutes[1]) == 0:
+        advice = "give batches, such as 500, or minutes, such as '10min'"
+        raise Refused(f"training_loop.commit_every = {commit_every!r}: {advice}")
+    return None, 60 * float(minutes[1])
 
 
 def find_device(name: str) -> torch.device:
-    """'auto' takes cuda, then mps, then cpu; of several processes each takes a GPU of its own.
-
-    Raises Refused for a device that is not there.
-    """
-    n_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes
-    mps = torch.backends.mps.is_available() and n_here == 1
+    """The device, or Refused. 'auto' is cuda, then mps, then cpu; of several processes each has a GPU of its own."""
+    n_here, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()  # here: processes
+    refusal = f"training_loop.device = {name!r}: cannot be used here"
     if name == "auto":
+        mps = torch.backends.mps.is_available() and n_here == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if n_here > 1 and name.startswith("cuda"):
-        if name != "cuda" or n_here > torch.cuda.device_count():
-            raise Refused(
-                f"training_loop.device = {name!r}: {n_here} processes need a GPU each, and {torch.cuda.device_count()} "
-                "are here: give torchrun another --nproc-per-node, or set training_loop.device='cpu'"
-            )
+        if name != "cuda" or n_here > n_gpus:
+            advice = "give torchrun another --nproc-per-node, or set training_loop.device='cpu'"
+            raise Refused(f"{refusal}: {n_here} processes need a GPU each, and {n_gpus} are here: {advice}")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise Refused(f"training_loop.device = {name!r}: cannot be used here: {reason}") from None
+        raise Refused(f"{refusal}: {str(error).splitlines()[0]}") from None
     return device
+
+
+def set_torch(deterministic: bool, detect_anomaly: bool) -> None:
+    """Torch's switches, as the settings of these names say."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.autograd.set_detect_anomaly(detect_anomaly)
 
 
 def seed_all(seed: int) -> None:
@@ -385,54 +288,40 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
+def fetch(data: Callable[..., Data], team: Team) -> Data:
+    """The data. Raises Refused if they are not the same for all processes."""
+    fetched = build(data) if team.part.rank == 0 else None
+    team.share(None)  # the others wait until what is missing is there
+    dataset: Data = fetched or build(data)
+    if team.share(dataset.fingerprint) != dataset.fingerprint:
+        raise Refused(f"{dataset.name} is not the same here, for rank {team.part.rank}, as for rank 0")
+    return dataset
+
+
 def describe(data: Data) -> dict[str, Any]:
     """The data's part of meta.json."""
-    return {
-        "name": data.name,
-        "fingerprint": data.fingerprint,
-        "input_shape": list(data.input_shape),
-        "n_classes": data.n_classes,
-        "n_train": len(data.train),
-        "n_valid": len(data.valid),
-        "n_test": len(data.test),
-    }
+    sizes = {"n_train": len(data.train), "n_valid": len(data.valid), "n_test": len(data.test)}
+    shape = {"input_shape": list(data.input_shape), "n_classes": data.n_classes}
+    return {"name": data.name, "fingerprint": data.fingerprint, **shape, **sizes}
 
 
-def hparams(run: Run) -> dict[str, bool | float | str]:
+def hparams(run: Run | Shadow) -> dict[str, float | str]:
     """The settings that files and -b give, as TensorBoard's hparams: one value each."""
-
-    def value(text: str) -> bool | float | str:
-        if text in ("True", "False"):
-            return text == "True"
-        try:
-            return float(text)
-        except ValueError:
-            return text
-
-    return {key: value(text) for key, text in run.config.flat().items() if run.settings.binds(key)}
-
-
-def refuse_more_epochs(run: Run, n_epochs: int) -> None:
-    """Raises Refused if a finished run without checkpoints is asked for more epochs than before."""
-    before = read_flat(run.path / "config.gin")["training_loop.n_epochs"]
-    if n_epochs > int(before):
-        raise Refused(
-            f"{run.path}: the finished run's checkpoints were deleted: it cannot go on after epoch {before}; "
-            f"training_loop.init_from='{run.path}' starts a new run from its best weights"
-        )
-    print(f"{run.path}: is finished, nothing is left to train")
+    given: dict[str, float | str] = {key: v for key, v in run.config.flat().items() if run.settings.binds(key)}
+    for key, text in given.items():
+        with suppress(ValueError):
+            given[key] = float(text)
+    return given
 
 
 def refuse_unknown_monitors(monitor: str, callbacks: Sequence[poutyne.Callback], metrics: Sequence[str]) -> None:
     """Raises Refused if the loop or a callback watches what is no column of history.csv."""
     columns = [prefix + name for prefix in ("", "val_") for name in ("loss", *metrics)]
-    monitors = [("training_loop", monitor)]
-    monitors += [(type(c).__name__, c.monitor) for c in callbacks if hasattr(c, "monitor")]
-    for owner, name in monitors:
+    monitors = [(type(c).__name__, c.monitor) for c in callbacks if hasattr(c, "monitor")]
+    for owner, name in [("training_loop", monitor), *monitors]:
         if name not in columns:
-            raise Refused(
-                f"{owner}.monitor = {name!r} is no metric{nearest(name, columns)}: there are {', '.join(columns)}"
-            )
+            advice = f"{nearest(name, columns)}: there are {', '.join(columns)}"
+            raise Refused(f"{owner}.monitor = {name!r} is no metric{advice}")
 
 
 def try_one_batch(trainer: "Trainer", n_classes: int) -> str:
@@ -440,80 +329,60 @@ def try_one_batch(trainer: "Trainer", n_classes: int) -> str:
 
     Raises Refused if the network does not take the data, or its output does not fit loss or metrics.
     """
-    split, batch_size = trainer.batches.split, trainer.batches.batch_size
-    x, y = next(split.batches(batch_size))
-    name = type(trainer.network).__name__
-    x = x.double() if trainer.precision == "fp64" else x
+    network, batches, team = trainer.network, trainer.batches, trainer.team
+    x, y = trainer.first_batch()
+    name, shape = type(network).__name__, list(x.shape)
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.no_grad():
-        try:
-            output, summary = summarise(trainer.network, x)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise Refused(f"{name} does not take a batch of shape {list(x.shape)}: {error}{place_of(error)}") from None
-        if not y.is_floating_point() and output.shape[:2] != (len(x), n_classes):
-            raise Refused(
-                f"{name} gives an output of shape {list(output.shape)} for a batch of shape {list(x.shape)}, "
-                f"but the data has {n_classes} classes: it must be [{len(x)}, {n_classes}]"
-            )
-        if y.is_floating_point() and any(isinstance(m, Accuracy) for m in trainer.metrics.metrics):
-            raise Refused(
-                "Accuracy needs classes, but the targets are numbers: set training_loop.metrics to others, or []"
-            )
-        try:
+        with refusing(f"{name} does not take a batch of shape {shape}"):
+            output, summary = summarise(network, x)
+        if y.is_floating_point():
+            if any(isinstance(metric, Accuracy) for metric in trainer.metrics.metrics):
+                advice = "set training_loop.metrics to others, or []"
+                raise Refused(f"Accuracy needs classes, but the targets are numbers: {advice}")
+        elif output.shape[:2] != (len(x), n_classes):
+            fit = f"but the data has {n_classes} classes: it must be [{len(x)}, {n_classes}]"
+            raise Refused(f"{name} gives an output of shape {list(output.shape)} for a batch of shape {shape}, {fit}")
+        with refusing(f"the loss does not take {name}'s output"):
             trainer.loss.function(output, y)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise Refused(f"the loss does not take {name}'s output: {error}") from None
-        trainer.metrics.update(output, y, min(batch_size, len(split)))
+        trainer.metrics.update(output, y, min(batches.batch_size, len(batches.split)))
         for metric, value in trainer.metrics.compute().items():
-            if torch.as_tensor(value).numel() != 1:
-                raise Refused(f"the metric {metric} gives {torch.as_tensor(value).numel()} numbers: it must be one")
+            if (n := torch.as_tensor(value).numel()) != 1:
+                raise Refused(f"the metric {metric} gives {n} numbers: it must be one")
         trainer.metrics.reset()
-        n_last = trainer.batches.n_images(trainer.batches.n_batches - 1, trainer.batches.n_batches)
-        if n_last == 1 or (n_last // trainer.team.size <= 1 and not trainer.sync_batch_norm):
-            try:
-                copy.deepcopy(trainer.network).train()(x[:1])
-            except ValueError as error:  # batch norm cannot normalise a single value
-                raise Refused(
-                    f"the last batch of an epoch would have one image only: {error}: choose another "
-                    f"training_loop.batch_size than {batch_size}"
-                ) from None
+        n_last = batches.n_images(batches.n_batches - 1, batches.n_batches)
+        if n_last == 1 or (n_last // team.size <= 1 and not trainer.sync_batch_norm):
+            advice = "choose another training_loop.batch_size"  # batch norm cannot normalise a single value
+            with refusing(f"the last batch of an epoch would have one image only, {advice}"):
+                copy.deepcopy(network).train()(x[:1])
     return summary
 
 
-def warn_of_other_numbers(run: Run | Shadow, trainer: "Trainer", sync_batch_norm: bool) -> None:
+def warn_of_other_numbers(run: Run | Shadow, trainer: "Trainer") -> None:
     """Warns, for the record, of what makes several processes compute other numbers than one."""
-    if (norms := norms_of_one_process(trainer.network)) and not sync_batch_norm:
+    network, loss = trainer.network, trainer.loss.function
+    x, y = trainer.first_batch()
+    unlike = "the numbers are not those of a single process"
+    if (norms := norms_of_one_process(network)) and not trainer.sync_batch_norm:
         run.warn(
-            f"batch norm takes mean and variance over the rows of each process ({', '.join(norms[:3])}): the numbers "
-            "are not those of a single process, as they are with training_loop.sync_batch_norm=True"
+            f"batch norm takes the rows of each process ({', '.join(norms[:3])}) without sync_batch_norm: {unlike}"
         )
-    x, y = next(trainer.batches.split.batches(trainer.batches.batch_size))
-    x = x.double() if trainer.precision == "fp64" else x
     with torch.no_grad():
-        output, half, loss = copy.deepcopy(trainer.network).eval()(x), len(x) // 2, trainer.loss.function
-    if half:
-        parts = loss(output[:half], y[:half]) * half + loss(output[half:], y[half:]) * (len(x) - half)
-        if not torch.isclose(loss(output, y), parts / len(x), rtol=1e-3):
-            run.warn(
-                f"{type(loss).__name__} is no mean over rows (reduction, weights of classes, ignore_index, pairs): the "
-                "numbers are not those of a single process"
-            )
-    if unreached_draws(trainer.network, x):
-        run.warn(
-            f"{type(trainer.network).__name__} draws random numbers in another way than by dropout, such as stochastic "
-            "depth or the dropout of attention: each process draws for its rows alone, and the numbers are not those "
-            "of a single process"
-        )
+        output = copy.deepcopy(network).eval()(x)
+        halves = [loss(o, t) * len(t) / len(y) for o, t in zip(output.chunk(2), y.chunk(2), strict=True)]
+        if not torch.isclose(loss(output, y), torch.stack(halves).sum(), rtol=1e-3):
+            causes = "reduction, weights of classes, ignore_index, pairs"
+            run.warn(f"{type(loss).__name__} is no mean over rows ({causes}): {unlike}")
+    if unreached_draws(network, x):
+        how = "by other means than dropout, as stochastic depth and attention do"
+        run.warn(f"{type(network).__name__} draws random numbers {how}, each process for its rows alone: {unlike}")
 
 
 def start_from(folder: str, network: nn.Module) -> dict[str, Any]:
     """Loads the best weights of another run. Raises Refused without a run or with other shapes."""
     best = Path(folder) / "best.pt"
-    try:
-        weights = read_checkpoint(best)["network"]
-    except FileNotFoundError:
-        raise Refused(f"training_loop.init_from = {folder!r}: there is no {best}") from None
-    except Damaged as damage:
-        raise Refused(f"training_loop.init_from: {damage}") from None
+    if not best.exists():
+        raise Refused(f"training_loop.init_from = {folder!r}: there is no {best}")
+    weights = read_checkpoint(best)["network"]
     refuse_other_shapes(weights, network, f"training_loop.init_from = {folder!r}: the weights do not fit the model")
     network.load_state_dict(weights)
     return {"run": folder, "sha256": hashlib.sha256(best.read_bytes()).hexdigest()}
@@ -521,19 +390,11 @@ def start_from(folder: str, network: nn.Module) -> dict[str, Any]:
 
 def refuse_other_shapes(weights: Mapping[str, Tensor], network: nn.Module, message: str) -> None:
     """Raises Refused, with the message and the names, if a tensor is missing or has another shape."""
-
-    def shape(tensors: Mapping[str, Tensor], name: str) -> list[int] | str:
-        return list(tensors[name].shape) if name in tensors else "missing"
-
-    own = network.state_dict()
-    unfit = [
-        f"\n  {name}: {shape(weights, name)} there, {shape(own, name)} here"
-        for name in dict.fromkeys([*own, *weights])
-        if shape(weights, name) != shape(own, name)
-    ]
+    there, here = ({k: list(v.shape) for k, v in tensors.items()} for tensors in (weights, network.state_dict()))
+    unfit = [name for name in here | there if there.get(name) != here.get(name)]
     if unfit:
-        more = f"\n  and {len(unfit) - 8} more" if len(unfit) > 8 else ""
-        raise Refused(f"{message}:" + "".join(unfit[:8]) + more)
+        lines = [f"{name}: {there.get(name, 'missing')} there, {here.get(name, 'missing')} here" for name in unfit[:8]]
+        raise Refused("\n  ".join([f"{message}, by {len(unfit)} tensors:", *lines]))
 
 
 def refuse_unfit(state: Mapping[str, Any], trainer: "Trainer") -> None:
@@ -542,13 +403,6 @@ def refuse_unfit(state: Mapping[str, Any], trainer: "Trainer") -> None:
     before, now = state["optimizer"]["param_groups"], trainer.optimizer.param_groups
     if [len(group["params"]) for group in before] != [len(group["params"]) for group in now]:
         raise Refused("the run trained other parameters than the model gives now to train")
-
-
-def accepted_settings(run: Run | Shadow, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's settings that are new with this start: the commit's do not hold any more."""
-    name = run.config.flat()["training_loop.optimizer"][1:]
-    accepted = {key: value for key, value in optimizer.defaults.items() if f"{name}.{key}" in run.changed}
-    return accepted | ({"initial_lr": accepted["lr"]} if "lr" in accepted else {})  # what schedules start from
 
 
 # --- the step -------------------------------------------------------------------------------------
@@ -606,6 +460,11 @@ class Trainer(poutyne.Model):
     def shown(self) -> nn.Module:
         """The network that is validated, saved as the best and tested."""
         return self.network if self.averaged is None else self.averaged
+
+    def first_batch(self) -> tuple[Tensor, Tensor]:
+        """Our rows of a batch, x [rows, ...] and y [rows, ...], in order and not augmented."""
+        x, y = next(self.batches.split.batches(self.batches.batch_size))
+        return x.double() if self.precision == "fp64" else x, y
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -693,20 +552,17 @@ class Position:
 
 @dataclass(eq=False)
 class Commits(poutyne.Callback):
-    """Puts the last commit back when training begins, and commits at the end of each epoch, when
-    it is time to inside one, and when a signal asks for a stop. Checks that the loss is finite.
-
-    Stands behind the callbacks that have a state, before those that show committed epochs.
+    """Puts the last commit back when training begins; commits at the end of each epoch, when it is time to inside one,
+    and when a signal asks for a stop; checks that the loss is finite. The last six fields as in `training_loop`.
     """
 
     run: Run | Shadow
     stop: StopRequest
-    team: Team
     trainer: Trainer
     callbacks: Sequence[poutyne.Callback]
     tensorboard: TensorBoard | None
     at: Position
-    state: Mapping[str, Any] | None
+    state: Mapping[str, Any] | None  # the last commit, until it is gone on from
     monitor: str
     monitor_mode: str
     log_every: int
@@ -717,6 +573,7 @@ class Commits(poutyne.Callback):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self.team, self.device = self.trainer.team, next(self.trainer.network.parameters()).device
         self.commit_s = 0.0
 
     def on_train_begin(self, logs: dict[str, Any]) -> None:
@@ -724,9 +581,9 @@ class Commits(poutyne.Callback):
         if self.state:
             self._restore(self.state)
             self.follow(self.trainer.shown.state_dict())
-        if self.state and self.run.changed:  # from now on a commit holds the accepted settings
-            self._commit(self._pending())
-            self.run.write_config()
+            if self.run.changed:  # from now on a commit holds the accepted settings
+                self._commit(self._pending())
+                self.run.write_config()
         self._remember_commit()
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -736,20 +593,27 @@ class Commits(poutyne.Callback):
             self.trainer.n_averaged = state["n_averaged"]
         if "training_loop.optimizer" not in self.run.changed:  # another one begins anew
             self.trainer.optimizer.load_state_dict(state["optimizer"])
-        for group in self.trainer.optimizer.param_groups:
-            group.update(accepted_settings(self.run, self.trainer.optimizer))  # the commit brought the old ones
+        self._accept_changes(self.trainer.optimizer)
         for callback, (name, saved) in zip(self.callbacks, state["callbacks"], strict=False):
             if name == type(callback).__name__:  # or it is an accepted change
                 external.load_state_dict(callback, saved)
-        device = next(self.trainer.network.parameters()).device
         if state["step"]:
-            self.trainer.loss.load_pending(state["loss"], device)
-            self.trainer.metrics.load_pending(state["metrics"], device)
+            self.trainer.loss.load_pending(state["loss"], self.device)
+            self.trainer.metrics.load_pending(state["metrics"], self.device)
         rngs = state["rngs"]  # they differ where each process draws for its rows alone
-        set_rng(rngs[self.team.part.rank] if len(rngs) == self.team.size else rngs[0], device)
+        set_rng(rngs[self.team.part.rank] if len(rngs) == self.team.size else rngs[0], self.device)
+
+    def _accept_changes(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's settings that are new with this start: the commit has brought the old ones."""
+        name = self.run.config.flat()["training_loop.optimizer"][1:]
+        accepted = {key: value for key, value in optimizer.defaults.items() if f"{name}.{key}" in self.run.changed}
+        if "lr" in accepted:
+            accepted["initial_lr"] = accepted["lr"]  # what schedules start from
+        for group in optimizer.param_groups:
+            group.update(accepted)
 
     def on_epoch_begin(self, epoch_number: int, logs: dict[str, Any]) -> None:
-        self.epoch, step = epoch_number, self.at.step
+        step = self.at.step
         if self.state and step:  # the others were told that an epoch begins, but this one goes on
             self._restore(self.state)
         self.trainer.batches.begin(epoch_number, step)
@@ -757,7 +621,7 @@ class Commits(poutyne.Callback):
         self.read_until = step if is_done else step - step % self.log_every
         self.at_train_end = self._pending() if is_done else None
         self.state = None
-        self.n_images, self.seconds_before = 0, self.at.seconds
+        self.seconds_before = self.at.seconds
         self.began = self.train_end = time.perf_counter()
 
     def on_backward_end(self, batch_number: int) -> None:
@@ -767,7 +631,6 @@ class Commits(poutyne.Callback):
         at = self.at
         at.step += 1
         at.total_steps += 1
-        self.n_images += self.trainer.batches.n
         self.run.beat(at.total_steps)
         is_last = at.step == self.trainer.batches.n_batches
         if is_last or at.step % self.log_every == 0:
@@ -785,14 +648,14 @@ class Commits(poutyne.Callback):
         self._commit_if_due()
 
     def on_epoch_end(self, epoch_number: int, logs: dict[str, Any]) -> None:
-        at, seconds = self.at, max(self.train_end - self.began, 1e-9)
+        at, batches, seconds = self.at, self.trainer.batches, max(self.train_end - self.began, 1e-9)
         row = {
             "epoch": epoch_number,
             "time": logs["time"] + self.seconds_before,
             "lr": at.lr,
             **{key: float(value) for key, value in logs.items() if key not in ("epoch", "time")},
-            "images_per_s": self.n_images / seconds,
-            "data_wait": self.trainer.batches.waited / seconds,
+            "images_per_s": max(batches.n_images(batches.start, at.step), 0) / seconds,
+            "data_wait": batches.waited / seconds,
             "commit_s": self.commit_s,
             "valid_s": time.perf_counter() - self.train_end,
             "peak_mb": peak_memory(),
@@ -823,22 +686,19 @@ class Commits(poutyne.Callback):
         losses = self.trainer.loss.read(self.read_until)
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
-            step = self.read_until + int(bad[0]) + 1
-            self._fail(f"the loss is {losses[bad[0]].item()}", step)
+            self._fail(f"the loss is {losses[bad[0]].item()}", self.at.epoch + 1, self.read_until + int(bad[0]) + 1)
         self.read_until = self.at.step
         if len(losses) and self.tensorboard:
             self.tensorboard.add_loss(self.at.total_steps, float(losses.mean()))
 
-    def _fail(self, what: str, step: int) -> NoReturn:
-        raise Failed(
-            f"{what} at epoch {self.epoch}, step {step}: "
-            "try a lower learning rate, or training_loop.detect_anomaly=True"
-        )
+    def _fail(self, what: str, epoch: int, step: int) -> NoReturn:
+        advice = "try a lower learning rate, or training_loop.detect_anomaly=True"
+        raise Failed(f"{what} at epoch {epoch}, step {step}: {advice}")
 
     def _pending(self) -> dict[str, Any]:
         """What an epoch under way has gathered here, and the random numbers' state: a commit collects those of all."""
-        device = next(self.trainer.network.parameters()).device
-        return {"loss": self.trainer.loss.pending(), "metrics": self.trainer.metrics.pending(), "rng": get_rng(device)}
+        loss, metrics = self.trainer.loss.pending(), self.trainer.metrics.pending()
+        return {"loss": loss, "metrics": metrics, "rng": get_rng(self.device)}
 
     def _commit_if_due(self) -> None:
         at = self.at
@@ -855,18 +715,20 @@ class Commits(poutyne.Callback):
                 self._read_losses()
             at.seconds = self.seconds_before + time.perf_counter() - self.began
             self._commit(pending)
-        where = f" in epoch {self.epoch}, after step {at.step}; all is saved: go on with training_loop.reload=True"
-        if signal:
-            self.stop.signal = signal
-            self.stop.raise_if_asked(f", sent to rank {rank}," + where if self.team.size > 1 else where)
         if is_stop:
+            where = (
+                f" in epoch {at.epoch + 1}, after step {at.step}; all is saved: go on with training_loop.reload=True"
+            )
+            self.stop.signal = signal
+            self.stop.raise_if_asked(f", sent to rank {rank},{where}" if self.team.size > 1 else where)
             raise Stopped(f"stopped by stop_at{where}", 0)
 
     def _commit(self, pending: Mapping[str, Any]) -> None:
         began = time.perf_counter()
         network = self.trainer.network
         if not torch.stack([p.isfinite().all() for p in network.parameters()]).all():
-            self._fail("the weights are no longer finite", self.at.step or self.trainer.batches.n_batches)
+            step = self.at.step or self.trainer.batches.n_batches
+            self._fail("the weights are no longer finite", self.at.epoch + bool(self.at.step), step)
         self.run.commit(
             {
                 **vars(self.at),
@@ -896,14 +758,12 @@ def peak_memory() -> float:
 
 def get_rng(device: torch.device) -> dict[str, Any]:
     """The state of all generators of random numbers, that of the device too."""
-    version, numbers, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state(legacy=True)
-    kind, keys, *rest = numpy_state
+    numpys: Any = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": [version, list(numbers), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "python": random.getstate(),
+        "numpy": (numpys[0], numpys[1].tolist(), *numpys[2:]),
     }
 
 
@@ -912,10 +772,8 @@ def set_rng(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
 
 
 def plain(value: Any) -> Any:
@@ -925,3 +783,33 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(plain(item) for item in value)
     return value.item() if isinstance(value, np.generic) else value
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+EXTERNAL: dict[str, Callable[[str], None]] = {
+    "torchvision.models.": register_torchvision,
+    "torchmetrics.": register_torchmetric,
+    "poutyne.": external.register_poutyne,
+}
+
+
+def register_torch() -> None:
+    """Registers torch's optimizers, losses and LR schedulers with gin, by their bare names."""
+    base = torch.optim.Optimizer
+    left_out = (base, torch.optim.LBFGS)  # LBFGS calls the forward itself, several times a step
+    for optimizer in vars(torch.optim).values():
+        if inspect.isclass(optimizer) and issubclass(optimizer, base) and optimizer not in left_out:
+            gin.external_configurable(optimizer, module="torch.optim", denylist=["params"])
+    for name, loss in vars(nn).items():
+        if name.endswith("Loss"):
+            gin.external_configurable(loss, module="torch.nn")
+    external.register_schedulers()
+
+
+register_torch()
+
+
+def configure(settings: Settings) -> Config:
+    """Checks the settings against all that can be named here. Raises Refused."""
+    return check(settings, "training_loop", EXTERNAL)
