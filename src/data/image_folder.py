@@ -37,14 +37,13 @@ def image_folder(
     if not root.is_dir():
         raise Unavailable(f"image_folder.folder = {folder!r}: there is no folder {root}")
     files = sorted(f for f in root.glob("*/*") if f.suffix.lower() in SUFFIXES)
-    classes = sorted({f.parent.name for f in files})
+    classes, y = np.unique([f.parent.name for f in files], return_inverse=True)
     if len(classes) < 2 or len(files) < 10:
         raise Refused(
             f"{root}: has {len(files)} images in {len(classes)} folders: it needs a folder for each of two classes "
             "or more, and ten images"
         )
-    labels = torch.tensor([classes.index(f.parent.name) for f in files])
-    tenth = len(files) // 10
+    labels, tenth = torch.from_numpy(y), len(files) // 10
     parts = stratified_split(labels, [len(files) - 2 * tenth, tenth, tenth], n_train=n_train)
     augment = ([random_crop(padding)] if padding else []) + ([random_flip] if flip else [])
     read = partial(read_image, size=size)
