@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from src.config import ROOT, Refused
-from src.jobs import frozen_code, launch, make_folder, read_batch, refuse_unreplaced, state
+from src.jobs import frozen_code, launch, read_batch, state
 
 # Slurm sends SIGUSR1 to the shell so long before the time limit; it passes it on, and asks for another go.
 SCRIPT = """#!/usr/bin/env bash
@@ -38,15 +38,15 @@ VARIABLES = "TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 TORCH_DISABLE
 SRUN = f"env {VARIABLES} bash -c {shlex.quote(KEEP)} srun"
 
 
-def add_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
-    """The options of who runs batches; `run` reads them. Returns the group that says where jobs run."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of who runs batches; `run` reads them."""
     parser.add_argument("--workers", type=int, metavar="N", help="jobs at a time; default: what the cores allow")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--gpus", metavar="0,1", help="one job at a time on each of these, by CUDA_VISIBLE_DEVICES")
     where.add_argument("--slurm", metavar="OPTIONS", help="submit to Slurm, with these options of sbatch")
+    where.add_argument("--only", metavar="NAME", help="run one job, named as in BATCH.jobs, unless it runs elsewhere")
     parser.add_argument("--retry", type=int, default=0, metavar="N", help="run a failed job again up to N times")
     parser.add_argument("--frozen", action="store_true", help="run the code as it was at prepare: code.tar.gz")
-    return where
 
 
 def joined(argv: Sequence[str]) -> list[str]:
@@ -54,13 +54,19 @@ def joined(argv: Sequence[str]) -> list[str]:
     return "\0".join(argv).replace("\0--slurm\0", "\0--slurm=").split("\0")
 
 
-def run(batch: str | Path, arguments: argparse.Namespace) -> int:
+def run(batch: str | Path, options: argparse.Namespace) -> int:
     """Launches or submits the batch as the options say, and returns the exit code. Raises Refused."""
-    if arguments.slurm is not None:
-        at_a_time, retry, frozen = arguments.workers, arguments.retry, arguments.frozen
-        return submit(batch, arguments.slurm, at_a_time=at_a_time, retry=retry, frozen=frozen)
-    gpus = None if arguments.gpus is None else arguments.gpus.split(",")
-    return launch(batch, workers=arguments.workers, gpus=gpus, retry=arguments.retry, frozen=arguments.frozen)
+    if options.workers is not None and options.workers < 1:
+        raise Refused(f"--workers {options.workers}: give a number of jobs at a time, from 1")
+    if options.retry < 0:
+        raise Refused(f"--retry {options.retry}: give a number of times, from 0")
+    how = {"retry": options.retry, "frozen": options.frozen}
+    if options.slurm is not None:
+        return submit(batch, options.slurm, at_a_time=options.workers, **how)
+    if options.only is not None:
+        return launch(batch, workers=1, only=options.only, starter=torchrun(), **how)
+    gpus = None if options.gpus is None else options.gpus.split(",")
+    return launch(batch, workers=options.workers, gpus=gpus, **how)
 
 
 def submit(batch: str | Path, options: str, *, at_a_time: int | None, retry: int, frozen: bool) -> int:
@@ -76,10 +82,6 @@ def submit(batch: str | Path, options: str, *, at_a_time: int | None, retry: int
     """
     batch = Path(batch).absolute()  # as it is known to the nodes
     jobs = read_batch(batch)
-    if at_a_time is not None and at_a_time < 1:
-        raise Refused(f"--workers {at_a_time}: give a number of jobs at a time, from 1")
-    if retry < 0:
-        raise Refused(f"--retry {retry}: give a number of times, from 0")
     try:
         words = shlex.split(options)
     except ValueError as error:
@@ -95,9 +97,9 @@ def submit(batch: str | Path, options: str, *, at_a_time: int | None, retry: int
         return 0
     _ask("sbatch", "--test-only", *words, script="#!/bin/sh\n")  # refuses what it does not take
     if frozen:
-        refuse_unreplaced(jobs, frozen_code(batch))
-    make_folder(folder)
-    command_of_task = [sys.executable, str(ROOT / "bin/launch.py"), str(batch), "--retry", str(retry)]
+        frozen_code(batch)
+    folder.mkdir(exist_ok=True)
+    launcher = [sys.executable, str(ROOT / "bin/launch.py"), str(batch), f"--retry={retry}", *["--frozen"] * frozen]
     before = ":".join(sorted(set(queued.values())))
     for first in range(0, len(todo), largest):
         names = [job.path.name for job in todo[first : first + largest]]
@@ -106,9 +108,7 @@ def submit(batch: str | Path, options: str, *, at_a_time: int | None, retry: int
         command.append(f"--output={str(folder).replace('%', '%%')}/slurm.%A_%a.log")
         if before and at_a_time:  # so that the limit holds for all of them together
             command.append(f"--dependency=afterany:{before}")
-        script = SCRIPT.format(
-            batch=str(batch), jobs=" ".join(names), launch=shlex.join(command_of_task + ["--frozen"] * frozen)
-        )
+        script = SCRIPT.format(batch=batch, jobs=" ".join(names), launch=shlex.join(launcher))
         before = _ask(*command, *words, script=script).strip().partition(";")[0]
         (folder / f"slurm.{before}").write_text("".join(f"{name}\n" for name in names))
         print(f"array {before}: {len(names)} jobs; scancel {before} stops them with everything saved", flush=True)
