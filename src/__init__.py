@@ -5,6 +5,7 @@ bin/train.py as the processes that the command TRAIN_STARTER starts.
 """
 
 import os
+import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,11 +17,9 @@ def _go_on_as_asked() -> None:
         return
     # Taken out: neither the script as it goes on nor a process of its own does it again.
     code, starter = (os.environ.pop(name, "") for name in ("FROZEN_CODE", "TRAIN_STARTER"))
-    starter = starter if script.name == "train.py" else ""
-    if code or starter:
-        import shlex
-
-        command = shlex.split(starter) or [sys.executable, *sys.orig_argv[1 : -len(sys.argv)]]  # its own options
+    command = shlex.split(starter) if script.name == "train.py" else []
+    if code or command:
+        command = command or [sys.executable, *sys.orig_argv[1 : -len(sys.argv)]]  # with Python's own options
         script = Path(code, "bin", script.name) if code else script
         os.execvp(command[0], [*command, str(script), *sys.argv[1:]])
 

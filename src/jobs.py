@@ -43,8 +43,7 @@ class Job:
     path: Path  # BATCH.jobs/HASH, with .log, .lock or .done
 
     def __str__(self) -> str:
-        text = str(self.run or self.line)
-        return text if len(text) <= 80 else text[:77] + "..."
+        return str(self.run or self.line)
 
 
 def read_batch(batch: str | Path) -> list[Job]:
@@ -133,9 +132,8 @@ def launch(
         workers: jobs at a time; None: as many as fit the cores, by OMP_NUM_THREADS or an eighth of them a job.
         gpus: names for CUDA_VISIBLE_DEVICES; one job at a time on each.
         retry: how often a job that failed is run again, after the others.
-        frozen: takes the scripts of bin/ from code.tar.gz beside the batch.
-        only: the name of one job, the hash of its line; the others are left alone, and so is this one if it
-            runs elsewhere.
+        frozen: the scripts of bin/ go on with code.tar.gz beside the batch, as soon as they import src.
+        only: the name of one job, the hash of its line, which is left alone, as the others are, if it runs elsewhere.
         starter: what starts bin/train.py, such as "torchrun --nproc-per-node 2".
 
     Raises Refused, with nothing created, for an unfit batch or argument.
@@ -145,7 +143,8 @@ def launch(
     if not jobs:
         raise Refused(f"{batch}: has no job {only}, or no more: see the names in {batch}.jobs")
     slots, threads = _slots(len(jobs), workers, gpus)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRAIN_STARTER": starter}  # src/__init__.py reads it
+    # src/__init__.py reads TRAIN_STARTER and FROZEN_CODE.
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRAIN_STARTER": starter}
     if frozen:
         code = frozen_code(batch)
         environment["FROZEN_CODE"] = str(code)
@@ -162,10 +161,7 @@ def _slots(n_jobs: int, workers: int | None, gpus: Sequence[str] | None) -> tupl
         raise Refused(f"--gpus {','.join(gpus)}: name each GPU once, without --workers: --gpus 0,1")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fixed = len(gpus) if gpus else workers
-    asked = os.environ.get("OMP_NUM_THREADS")
-    if asked and not (asked.isdecimal() and int(asked)):
-        raise Refused(f"OMP_NUM_THREADS={asked}: must be a number of threads, from 1")
-    threads = int(asked) if asked else max(1, cores // (fixed or 8))
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // (fixed or 8)))
     return list(gpus or [""] * (fixed or min(n_jobs, max(1, cores // threads)))), threads
 
 

@@ -60,32 +60,26 @@ def run(batch: str | Path, options: argparse.Namespace) -> int:
         raise Refused(f"--workers {options.workers}: give a number of jobs at a time, from 1")
     if options.retry < 0:
         raise Refused(f"--retry {options.retry}: give a number of times, from 0")
-    how = {"retry": options.retry, "frozen": options.frozen}
     if options.slurm is not None:
-        return submit(batch, options.slurm, at_a_time=options.workers, **how)
-    if options.only is not None:
-        return launch(batch, workers=1, only=options.only, starter=torchrun(), **how)
+        _submit(Path(batch).absolute(), options)  # as it is known to the nodes
+        return 0
     gpus = None if options.gpus is None else options.gpus.split(",")
-    return launch(batch, workers=options.workers, gpus=gpus, **how)
+    workers, starter = (1, torchrun()) if options.only else (options.workers, "")
+    how = {"retry": options.retry, "frozen": options.frozen, "only": options.only, "starter": starter}
+    return launch(batch, workers=workers, gpus=gpus, **how)
 
 
-def submit(batch: str | Path, options: str, *, at_a_time: int | None, retry: int, frozen: bool) -> int:
-    """Submits the jobs that are neither finished nor in the queue already, and returns 0.
+def _submit(batch: Path, options: argparse.Namespace) -> None:
+    """Submits the jobs that are neither finished nor in the queue already; --workers limits how many run at once.
 
-    Args:
-        batch: file of jobs, in a folder that the nodes see, too. Tasks run in the current folder.
-        options: sbatch's, such as "--partition=gpu --time=8:00:00"; they win over what is chosen here.
-        at_a_time: how many tasks of an array may run at once; None: as many as there is room for.
-        retry, frozen: as in `jobs.launch`.
-
-    Raises Refused, with nothing submitted, for an unfit batch or argument, or if Slurm refuses.
+    Tasks run in the current folder, and the nodes must see the batch's. What --slurm says wins over what is chosen
+    here. Raises Refused, with nothing submitted, for an unfit batch or argument, or if Slurm refuses.
     """
-    batch = Path(batch).absolute()  # as it is known to the nodes
     jobs = read_batch(batch)
     try:
-        words = shlex.split(options)
+        words = shlex.split(options.slurm)
     except ValueError as error:
-        raise Refused(f"--slurm {options}: {str(error).lower()}") from None
+        raise Refused(f"--slurm {options.slurm}: {str(error).lower()}") from None
     if not all(map(shutil.which, ("sbatch", "squeue", "scontrol"))):
         raise Refused("--slurm: there is no sbatch on PATH, or no squeue or scontrol: call it where jobs are submitted")
     folder = jobs[0].path.parent
@@ -94,25 +88,26 @@ def submit(batch: str | Path, options: str, *, at_a_time: int | None, retry: int
     todo = [job for job in jobs if job.path.name not in queued and state(job) != "finished"]
     print(f"{len(todo)} of {len(jobs)} jobs to submit, {len(queued)} are in the queue", flush=True)
     if not todo:
-        return 0
+        return
     _ask("sbatch", "--test-only", *words, script="#!/bin/sh\n")  # refuses what it does not take
-    if frozen:
+    launcher = [sys.executable, str(ROOT / "bin/launch.py"), str(batch), f"--retry={options.retry}"]
+    if options.frozen:
         frozen_code(batch)
+        launcher.append("--frozen")
     folder.mkdir(exist_ok=True)
-    launcher = [sys.executable, str(ROOT / "bin/launch.py"), str(batch), f"--retry={retry}", *["--frozen"] * frozen]
+    common = ["sbatch", "--parsable", f"--job-name={batch.name}", "--requeue", "--open-mode=append", WARNING]
+    common.append(f"--output={str(folder).replace('%', '%%')}/slurm.%A_%a.log")
+    limit = f"%{options.workers}" if options.workers else ""
     before = ":".join(sorted(set(queued.values())))
     for first in range(0, len(todo), largest):
         names = [job.path.name for job in todo[first : first + largest]]
-        command = ["sbatch", "--parsable", f"--job-name={batch.name}", "--requeue", "--open-mode=append", WARNING]
-        command.append(f"--array=0-{len(names) - 1}" + (f"%{at_a_time}" if at_a_time else ""))
-        command.append(f"--output={str(folder).replace('%', '%%')}/slurm.%A_%a.log")
-        if before and at_a_time:  # so that the limit holds for all of them together
+        command = [*common, f"--array=0-{len(names) - 1}{limit}"]
+        if before and limit:  # so that it holds for all of them together
             command.append(f"--dependency=afterany:{before}")
         script = SCRIPT.format(batch=batch, jobs=" ".join(names), launch=shlex.join(launcher))
         before = _ask(*command, *words, script=script).strip().partition(";")[0]
         (folder / f"slurm.{before}").write_text("".join(f"{name}\n" for name in names))
         print(f"array {before}: {len(names)} jobs; scancel {before} stops them with everything saved", flush=True)
-    return 0
 
 
 def _ask(*command: str, script: str | None = None) -> str:

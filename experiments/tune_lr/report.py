@@ -14,8 +14,7 @@ import pandas as pd
 import plots
 
 from src import jobs
-from src.config import Refused
-from src.results import collect, load_config, load_history, mean_interval, to_json, welch
+from src.results import collect, load_config, mean_interval, to_json, welch
 
 METRIC = "acc"  # in %; val_acc chooses, the test's acc is told for the chosen setting alone
 STYLE = """
@@ -51,9 +50,8 @@ def report(folder: Path, axis: str, label: str, *, as_json: bool) -> None:
     named = table.rename(columns={"value": axis})
     named.to_csv(out / "table.csv", index=False, float_format="%.6g")
     (out / "table.md").write_text(markdown, encoding="utf-8")
-    histories = {value: [load_history(run) for run in group["run"]] for value, group in runs.groupby("value")}
     plots.metric_by_setting(runs, table, label, out / "accuracy")
-    plots.learning_curves(histories, label, f"val_{METRIC}", out / "curves")
+    plots.learning_curves(runs, label, f"val_{METRIC}", out / "curves")
     (out / "report.html").write_text(page(label, shown, ranked[:1], runs, left_out, said, out), encoding="utf-8")
     if as_json:
         rows = named.astype(object).to_dict("records")
@@ -67,9 +65,7 @@ def comparable(folder: Path, axis: str) -> tuple[pd.DataFrame, dict[str, str]]:
     found = collect(folder).set_index("run").to_dict("index")
     left_out, counted = {}, []
     for job in jobs.read_batch(folder / "batch.sh"):
-        if not job.run:
-            raise Refused(f"{folder / 'batch.sh'}: which run this line is cannot be told: {job.line}")
-        run = str(job.run)
+        run = str(job.run or job.line)
         row = found.get(run, {"status": "missing", "problem": "not started yet"})
         valid, test = (row.get(column, math.nan) for column in (f"best_val_{METRIC}", f"test_{METRIC}"))
         if row["status"] != "finished" or row["problem"]:
