@@ -22,23 +22,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from src import jobs, slurm
+from src import slurm
 from src.config import Refused
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("batch", help="the file of jobs; empty lines and those that begin with # are skipped")
-    where = slurm.add_options(parser)
-    where.add_argument("--only", metavar="NAME", help="run one job, named as in BATCH.jobs, unless it runs elsewhere")
+    slurm.add_options(parser)
     arguments = parser.parse_args(slurm.joined(argv)[1:])
     try:
-        if arguments.only is None:
-            return slurm.run(arguments.batch, arguments)
-        how = {"retry": arguments.retry, "frozen": arguments.frozen, "starter": slurm.torchrun()}
-        return jobs.launch(arguments.batch, workers=1, only=arguments.only, **how)
-    except Refused as refusal:
-        print(f"launch.py: {refusal.message}", file=sys.stderr)
+        return slurm.run(arguments.batch, arguments)
+    except (Refused, OSError) as error:  # the latter: who read what is printed is gone, or the disk is full
+        print(f"launch.py: {error}", file=sys.stderr)
         return 2
 
 

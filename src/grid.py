@@ -30,30 +30,27 @@ def prepare(folder: Path, base: str, grid: Mapping[str, Sequence[Any]]) -> Path:
     configs = {}
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
-        text = base + "\n" + "".join(f"{name} = {_as_gin(value)}\n" for name, value in chosen.items())
-        several = {name: value for name, value in chosen.items() if len(grid[name]) > 1}
-        parts = (f"{name.rpartition('.')[2]}={str(value).lstrip('@')}" for name, value in several.items())
-        name = re.sub(r"[^\w.,=+-]+", "_", ",".join(parts)) or "run"  # no characters that a shell takes for a pattern
+        several = [f"{key.rpartition('.')[2]}={str(v).lstrip('@')}" for key, v in chosen.items() if len(grid[key]) > 1]
+        name = re.sub(r"[^\w.,=+-]+", "_", ",".join(several)) or "run"  # no characters that a shell takes for a pattern
         if name in configs:
             raise Refused(f"two places of the grid give one run, {name}: let their values differ")
-        configs[name] = text
+        configs[name] = base + "\n" + "".join(f"{key} = {_as_gin(value)}\n" for key, value in chosen.items())
+    paths = {name: (folder / "runs" / name, folder / "configs" / f"{name}.gin") for name in configs}
     other = [
-        str(folder / "runs" / name)
-        for name, text in configs.items()
-        if (folder / "runs" / name).exists() and _text(folder / "configs" / f"{name}.gin") != text
+        f"  {run}\n"
+        for name, (run, config) in paths.items()
+        if run.exists() and not (config.exists() and config.read_text(encoding="utf-8") == configs[name])
     ]
     if other:
         raise Refused(
-            "runs that were made with another config:\n  "
-            + "\n  ".join(other)
-            + "\nremove them, put the settings back, or prepare in another folder with --folder"
+            f"runs that were made with another config:\n{''.join(other)}"
+            "remove them, put the settings back, or prepare in another folder with --folder"
         )
     refuse_wrong_names(next(iter(configs.values())))
     (folder / "configs").mkdir(parents=True, exist_ok=True)
     lines = ["# From the clone's root; one thread each, so that the results do not depend on how many run at a time.\n"]
-    for name, text in configs.items():
-        run, config = folder / "runs" / name, folder / "configs" / f"{name}.gin"
-        write(config, text)
+    for name, (run, config) in paths.items():
+        write(config, configs[name])
         words = shlex.join([str(run), str(config), "-b", "training_loop.reload=True"])
         lines.append(f"OMP_NUM_THREADS=1 bin/train.py {words}\n")
     write(folder / "grid.json", json.dumps(grid, indent=2) + "\n")
@@ -72,14 +69,8 @@ def refuse_wrong_names(config: str) -> None:
         try:
             configure(read([str(path)]))
         except Refused as refusal:
-            raise Refused(
-                refusal.message.replace(str(path), "the configs, at line ").replace("line :", "line ")
-            ) from None
+            raise Refused(refusal.message.replace(f"{path}:", "the configs, line ")) from None
 
 
 def _as_gin(value: Any) -> str:
     return value if isinstance(value, str) and value[:1] in "@%" else repr(value)
-
-
-def _text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.exists() else None

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from src.config import ROOT, Refused
-from src.jobs import frozen_code, launch, make_folder, read_batch, refuse_unreplaced, state
+from src.jobs import frozen_code, launch, read_batch, state
 
 # Slurm sends SIGUSR1 to the shell so long before the time limit; it passes it on, and asks for another go.
 SCRIPT = """#!/usr/bin/env bash
@@ -38,15 +38,15 @@ VARIABLES = "TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 TORCH_DISABLE
 SRUN = f"env {VARIABLES} bash -c {shlex.quote(KEEP)} srun"
 
 
-def add_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
-    """The options of who runs batches; `run` reads them. Returns the group that says where jobs run."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of who runs batches; `run` reads them."""
     parser.add_argument("--workers", type=int, metavar="N", help="jobs at a time; default: what the cores allow")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--gpus", metavar="0,1", help="one job at a time on each of these, by CUDA_VISIBLE_DEVICES")
     where.add_argument("--slurm", metavar="OPTIONS", help="submit to Slurm, with these options of sbatch")
+    where.add_argument("--only", metavar="NAME", help="run one job, named as in BATCH.jobs, unless it runs elsewhere")
     parser.add_argument("--retry", type=int, default=0, metavar="N", help="run a failed job again up to N times")
     parser.add_argument("--frozen", action="store_true", help="run the code as it was at prepare: code.tar.gz")
-    return where
 
 
 def joined(argv: Sequence[str]) -> list[str]:
@@ -54,36 +54,32 @@ def joined(argv: Sequence[str]) -> list[str]:
     return "\0".join(argv).replace("\0--slurm\0", "\0--slurm=").split("\0")
 
 
-def run(batch: str | Path, arguments: argparse.Namespace) -> int:
+def run(batch: str | Path, options: argparse.Namespace) -> int:
     """Launches or submits the batch as the options say, and returns the exit code. Raises Refused."""
-    if arguments.slurm is not None:
-        at_a_time, retry, frozen = arguments.workers, arguments.retry, arguments.frozen
-        return submit(batch, arguments.slurm, at_a_time=at_a_time, retry=retry, frozen=frozen)
-    gpus = None if arguments.gpus is None else arguments.gpus.split(",")
-    return launch(batch, workers=arguments.workers, gpus=gpus, retry=arguments.retry, frozen=arguments.frozen)
+    if options.workers is not None and options.workers < 1:
+        raise Refused(f"--workers {options.workers}: give a number of jobs at a time, from 1")
+    if options.retry < 0:
+        raise Refused(f"--retry {options.retry}: give a number of times, from 0")
+    if options.slurm is not None:
+        _submit(Path(batch).absolute(), options)  # as it is known to the nodes
+        return 0
+    gpus = None if options.gpus is None else options.gpus.split(",")
+    workers, starter = (1, torchrun()) if options.only else (options.workers, "")
+    how = {"retry": options.retry, "frozen": options.frozen, "only": options.only, "starter": starter}
+    return launch(batch, workers=workers, gpus=gpus, **how)
 
 
-def submit(batch: str | Path, options: str, *, at_a_time: int | None, retry: int, frozen: bool) -> int:
-    """Submits the jobs that are neither finished nor in the queue already, and returns 0.
+def _submit(batch: Path, options: argparse.Namespace) -> None:
+    """Submits the jobs that are neither finished nor in the queue already; --workers limits how many run at once.
 
-    Args:
-        batch: file of jobs, in a folder that the nodes see, too. Tasks run in the current folder.
-        options: sbatch's, such as "--partition=gpu --time=8:00:00"; they win over what is chosen here.
-        at_a_time: how many tasks of an array may run at once; None: as many as there is room for.
-        retry, frozen: as in `jobs.launch`.
-
-    Raises Refused, with nothing submitted, for an unfit batch or argument, or if Slurm refuses.
+    Tasks run in the current folder, and the nodes must see the batch's. What --slurm says wins over what is chosen
+    here. Raises Refused, with nothing submitted, for an unfit batch or argument, or if Slurm refuses.
     """
-    batch = Path(batch).absolute()  # as it is known to the nodes
     jobs = read_batch(batch)
-    if at_a_time is not None and at_a_time < 1:
-        raise Refused(f"--workers {at_a_time}: give a number of jobs at a time, from 1")
-    if retry < 0:
-        raise Refused(f"--retry {retry}: give a number of times, from 0")
     try:
-        words = shlex.split(options)
+        words = shlex.split(options.slurm)
     except ValueError as error:
-        raise Refused(f"--slurm {options}: {str(error).lower()}") from None
+        raise Refused(f"--slurm {options.slurm}: {str(error).lower()}") from None
     if not all(map(shutil.which, ("sbatch", "squeue", "scontrol"))):
         raise Refused("--slurm: there is no sbatch on PATH, or no squeue or scontrol: call it where jobs are submitted")
     folder = jobs[0].path.parent
@@ -92,27 +88,26 @@ def submit(batch: str | Path, options: str, *, at_a_time: int | None, retry: int
     todo = [job for job in jobs if job.path.name not in queued and state(job) != "finished"]
     print(f"{len(todo)} of {len(jobs)} jobs to submit, {len(queued)} are in the queue", flush=True)
     if not todo:
-        return 0
+        return
     _ask("sbatch", "--test-only", *words, script="#!/bin/sh\n")  # refuses what it does not take
-    if frozen:
-        refuse_unreplaced(jobs, frozen_code(batch))
-    make_folder(folder)
-    command_of_task = [sys.executable, str(ROOT / "bin/launch.py"), str(batch), "--retry", str(retry)]
+    launcher = [sys.executable, str(ROOT / "bin/launch.py"), str(batch), f"--retry={options.retry}"]
+    if options.frozen:
+        frozen_code(batch)
+        launcher.append("--frozen")
+    folder.mkdir(exist_ok=True)
+    common = ["sbatch", "--parsable", f"--job-name={batch.name}", "--requeue", "--open-mode=append", WARNING]
+    common.append(f"--output={str(folder).replace('%', '%%')}/slurm.%A_%a.log")
+    limit = f"%{options.workers}" if options.workers else ""
     before = ":".join(sorted(set(queued.values())))
     for first in range(0, len(todo), largest):
         names = [job.path.name for job in todo[first : first + largest]]
-        command = ["sbatch", "--parsable", f"--job-name={batch.name}", "--requeue", "--open-mode=append", WARNING]
-        command.append(f"--array=0-{len(names) - 1}" + (f"%{at_a_time}" if at_a_time else ""))
-        command.append(f"--output={str(folder).replace('%', '%%')}/slurm.%A_%a.log")
-        if before and at_a_time:  # so that the limit holds for all of them together
+        command = [*common, f"--array=0-{len(names) - 1}{limit}"]
+        if before and limit:  # so that it holds for all of them together
             command.append(f"--dependency=afterany:{before}")
-        script = SCRIPT.format(
-            batch=str(batch), jobs=" ".join(names), launch=shlex.join(command_of_task + ["--frozen"] * frozen)
-        )
+        script = SCRIPT.format(batch=batch, jobs=" ".join(names), launch=shlex.join(launcher))
         before = _ask(*command, *words, script=script).strip().partition(";")[0]
         (folder / f"slurm.{before}").write_text("".join(f"{name}\n" for name in names))
         print(f"array {before}: {len(names)} jobs; scancel {before} stops them with everything saved", flush=True)
-    return 0
 
 
 def _ask(*command: str, script: str | None = None) -> str:

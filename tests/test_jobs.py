@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from src import results
-from src.jobs import _with_scripts, read_batch, state
+from src.jobs import read_batch, state
 from src.run import read_meta
 from tests.conftest import ROOT, copy_code
 from tests.test_refusals import contents
@@ -294,20 +294,6 @@ def test_one_job_at_a_time_on_each_gpu_also_with_a_killed_launchers_jobs(place):
     assert len(lines_of("out")) == 7 and set(lines_of("out")) == {"0", "GPU-a/1"}
 
 
-@pytest.mark.parametrize(
-    "line, expected",
-    [
-        ("A=1 ./e.sh {train} r a.gin", "A=1 ./e.sh torchrun -n 2 {train} r a.gin"),
-        ("python3.11 -u {train} r a.gin > log", "torchrun -n 2 {train} r a.gin > log"),
-        ("'/my venv/bin/python' '{train}' r a.gin", "torchrun -n 2 '{train}' r a.gin"),
-        ("echo python {train}x r", "echo {train}x r"),
-    ],
-)
-def test_a_starter_stands_before_train(line, expected):
-    train = ROOT / "bin/train.py"
-    assert _with_scripts(line.format(train=train), None, "torchrun -n 2") == expected.format(train=train)
-
-
 # --- runs of bin/train.py
 
 TINY = """
@@ -405,6 +391,21 @@ def test_killed_workers_and_launchers_change_nothing(place):
         assert "is writing to this run" not in said  # no second process was ever started on a run
 
 
+@pytest.mark.slow
+def test_a_task_starts_several_processes_however_the_line_calls_train(place):
+    """As on a node of Slurm with two GPUs; what the line starts is not started so again."""
+    Path("tiny.gin").write_text(TINY + "training_loop.device = 'cpu'\n")
+    line = train_line("run", "training_loop.n_epochs=1").replace("bin/train.py", "$script")
+    name = read_batch(batch(f"script=bin/train.py; env | grep TRAIN > seen; {line}"))[0].path.name
+    assert "1 of 1 jobs are finished" in launch("--only", name, environment={"SLURM_GPUS_ON_NODE": "2"})
+    assert lines_of("seen") == ["TRAIN_STARTER=torchrun", "--standalone", "--nproc-per-node=2"]
+    assert read_meta(Path("run"))["starts"][0]["processes"] == 2
+    assert (
+        f"torchrun --standalone --nproc-per-node=2 {ROOT}/bin/train.py run tiny.gin"
+        in Path("run/command.sh").read_text()
+    )
+
+
 # --- frozen code
 
 
@@ -417,6 +418,7 @@ def clone(place, tmp_path):
         "sys.path.insert(0, str(Path(__file__).resolve().parent.parent))\n"
         "from src import record\nprint('old', *sys.argv[1:], os.environ.get('DATA_DIR'))\n"
         "print('bin/age.py' in record.code_files(), record.git_state())\n"
+        "print(sorted({'FROZEN_CODE', 'TRAIN_STARTER'} & os.environ.keys()), sys.flags.optimize)\n"
     )
     (folder / "bin/age.py").chmod(0o755)
     return folder
@@ -438,23 +440,26 @@ def test_frozen_jobs_run_the_code_as_it_was(clone, place):
     age = clone / "bin/age.py"
     age.write_text(age.read_text().replace("'old'", "'new'"))
     batch(
-        f"'{age}' 'a;b' > one", f"A=1 {sys.executable} '../a clone/bin/age.py' > two; echo bin/age.py '{age}x' > three"
+        f"'{age}' 'a;b' > one",
+        f"A=1 {sys.executable} -O '../a clone/bin/age.py' > two; echo bin/age.py '{age}x' > three",
+        "name=age; env '../a clone/bin/'$name.py > four",  # a line that does not say which script it runs
     )
     Path("batch.sh").rename(folder / "batch.sh")
     options = {"script": clone / "bin/launch.py", "path": folder / "batch.sh", "environment": {"DATA_DIR": ""}}
     launch("--frozen", **options)
     assert Path("one").read_text().startswith(f"old a;b {clone}/data\nTrue not a git repository")
-    assert Path("two").read_text().startswith("old")
+    assert Path("two").read_text().startswith("old") and "\n[] 1" in Path("two").read_text()
+    assert Path("four").read_text().startswith("old") and "\n[] 0" in Path("four").read_text()
     assert Path("three").read_text() == f"bin/age.py {age}x\n"
     frozen = list((folder / "code").iterdir())
     assert len(frozen) == 1 and os.access(frozen[0] / "bin/train.py", os.X_OK)
 
-    assert "0 of 2 jobs to do" in launch(**options)  # the mark is the line's, frozen or not
+    assert "0 of 3 jobs to do" in launch(**options)  # the mark is the line's, frozen or not
     shutil.rmtree(folder / "batch.sh.jobs")
     launch(**options)
     assert Path("one").read_text().startswith("new a;b") and Path("two").read_text().startswith("new")
     freeze(clone, folder)  # prepared again: the folder of the code before is not taken for this one's
     shutil.rmtree(folder / "batch.sh.jobs")
-    age.write_text("raise SystemExit('an edit too late')\n")
+    age.write_text(age.read_text().replace("'new'", "'an edit too late'"))
     launch("--frozen", **options)
-    assert Path("one").read_text().startswith("new a;b")
+    assert Path("one").read_text().startswith("new a;b") and Path("two").read_text().startswith("new")

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,35 +51,35 @@ SIZES: dict[str, dict[str, Sequence[Any]]] = {
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--size", choices=SIZES, default="small")
-    results = Path(os.environ.get("RESULTS_DIR", ROOT / "results")) / HERE.name
-    common.add_argument(
-        "--folder", type=Path, help="default: $RESULTS_DIR or results, and in it this folder's name, SIZE"
-    )
-    commands.add_parser("prepare", parents=[common], help="write configs and batch.sh")
-    run = commands.add_parser("run", parents=[common], help="run what is not finished")
+    prepare = commands.add_parser("prepare", help="write configs and batch.sh")
+    run = commands.add_parser("run", help="run what is not finished")
+    status = commands.add_parser("status", help="a table of the jobs")
+    report = commands.add_parser("report", help="table, plots and verdict")
     slurm.add_options(run)
-    status = commands.add_parser("status", parents=[common], help="a table of the jobs")
     status.add_argument("--every", type=float, metavar="SECONDS", help="refresh until all are finished")
-    report = commands.add_parser("report", parents=[common], help="table, plots and verdict")
     report.add_argument("--json", action="store_true", help="print it as JSON")
+    for command in (prepare, run, status, report):
+        command.add_argument("--size", choices=SIZES, default="small")
+        command.add_argument("--folder", type=Path, help=f"default: {HERE.name}/SIZE in $RESULTS_DIR, or in results")
     arguments = parser.parse_args(slurm.joined(argv)[1:])
-    folder = (arguments.folder or results / arguments.size).absolute()
+    results = Path(os.environ.get("RESULTS_DIR", ROOT / "results"))
+    folder = (arguments.folder or results / HERE.name / arguments.size).absolute()
     os.chdir(ROOT)  # where the lines of batch.sh are to be run
     folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+    batch = folder / "batch.sh"
     try:
         if arguments.command == "prepare":
             if strange := [v for size in SIZES.values() for v in size[AXIS] if type(v) not in (int, float)]:
                 raise Refused(f"AXIS {AXIS} has the value {strange[0]!r}: the report compares numbers")
-            batch = grid.prepare(folder, (HERE / "base.gin").read_text(encoding="utf-8"), SIZES[arguments.size])
+            grid.prepare(folder, (HERE / "base.gin").read_text(encoding="utf-8"), SIZES[arguments.size])
             print(f"{batch}: {len(jobs.read_batch(batch))} jobs")
-        elif not (folder / "batch.sh").exists():
+        elif not batch.exists():
             raise Refused(f"{folder}: has no batch.sh: write it with main.py prepare")
         elif arguments.command == "run":
-            return slurm.run(folder / "batch.sh", arguments)
+            return slurm.run(batch, arguments)
         elif arguments.command == "status":
-            show_status(folder / "batch.sh", arguments.every)
+            with suppress(KeyboardInterrupt):
+                show_status(batch, arguments.every)
         else:
             import report as reporting  # pandas and matplotlib take a second
 
@@ -96,12 +97,9 @@ def show_status(batch: Path, every: float | None) -> None:
         rows = [f"{state:9} {progress(job.run, state) if job.run else '':38} {job}" for job, state in states]
         clear = "\x1b[H\x1b[2J" if every and sys.stdout.isatty() else ""
         print(clear + "\n".join(rows), flush=True)
-        if not every or every < 0 or all(state == "finished" for _, state in states):
+        if not every or all(state == "finished" for _, state in states):
             return
-        try:
-            time.sleep(every)
-        except KeyboardInterrupt:
-            return
+        time.sleep(every)
 
 
 def progress(run: Path, state: str) -> str:

@@ -6,7 +6,7 @@ import html
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ import pandas as pd
 import plots
 
 from src import jobs
-from src.config import Refused
-from src.results import collect, load_config, load_history, mean_interval, to_json, welch
+from src.results import collect, load_config, mean_interval, to_json, welch
 
-METRIC = "acc"  # in %; val_acc chooses, test_acc is told for the chosen setting alone
+METRIC = "acc"  # in %; val_acc chooses, the test's acc is told for the chosen setting alone
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 50rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
@@ -31,114 +30,91 @@ img { width: 100%; }
 """
 
 
-@dataclass
-class Findings:
-    """What the report says. table: a row a value of the grid; left_out: run -> why it does not count."""
-
-    table: pd.DataFrame
-    runs: pd.DataFrame
-    left_out: dict[str, str]
-    best: Any
-    verdict: list[str]
-
-
 def report(folder: Path, axis: str, label: str, *, as_json: bool) -> None:
     """Writes table.csv, table.md, the plots and report.html into folder/report, and prints the findings."""
-    values = json.loads((folder / "grid.json").read_text())
-    batch = jobs.read_batch(folder / "batch.sh")
-    if strange := [job.line for job in batch if not job.run]:
-        raise Refused(f"{folder / 'batch.sh'}: which run this line is cannot be told: {strange[0]}")
-    found = find(folder, [job.run for job in batch if job.run], axis, label, values[axis])
+    grid = json.loads((folder / "grid.json").read_text())[axis]
+    runs, left_out = comparable(folder, axis)
+    rows = []
+    for value in grid:
+        mean, deviation, half, n = mean_interval(runs.loc[runs["value"] == value, "valid"].tolist())
+        rows.append((value, n, mean, deviation, half))
+    table = pd.DataFrame(rows, columns=["value", "n", "mean", "std", "interval"])
+    ranked = table[table["n"] > 0].sort_values("mean", ascending=False)["value"].tolist()
+    said = verdict(runs, ranked, label, grid)
+    shown = as_read(table, label)
+    header = [shown.columns.tolist(), ["---"] * len(shown.columns)]
+    markdown = "".join(f"| {' | '.join(row)} |\n" for row in header + shown.to_numpy().tolist())
+
     out = folder / "report"
     out.mkdir(exist_ok=True)
-    found.table.to_csv(out / "table.csv", index=False, float_format="%.6g")
-    table = as_text(found.table, label)
-    (out / "table.md").write_text(markdown(table), encoding="utf-8")
-    histories = {value: [load_history(run) for run in group["run"]] for value, group in found.runs.groupby(axis)}
-    plots.metric_by_setting(found.runs, found.table, axis, label, f"best_val_{METRIC}", out / "accuracy")
-    plots.learning_curves(histories, label, f"val_{METRIC}", out / "curves")
-    (out / "report.html").write_text(page(found, table, axis, label, out), encoding="utf-8")
+    named = table.rename(columns={"value": axis})
+    named.to_csv(out / "table.csv", index=False, float_format="%.6g")
+    (out / "table.md").write_text(markdown, encoding="utf-8")
+    plots.metric_by_setting(runs, table, label, out / "accuracy")
+    plots.learning_curves(runs, label, f"val_{METRIC}", out / "curves")
+    (out / "report.html").write_text(page(label, shown, ranked[:1], runs, left_out, said, out), encoding="utf-8")
     if as_json:
-        rows = found.table.astype(object).to_dict("records")
-        print(to_json({"best": found.best, "verdict": found.verdict, "table": rows, "left_out": found.left_out}))
+        rows = named.astype(object).to_dict("records")
+        print(to_json({"best": ranked[0] if ranked else None, "verdict": said, "table": rows, "left_out": left_out}))
     else:
-        print(markdown(table), *found.verdict, *(f"{run}: {why}" for run, why in found.left_out.items()), sep="\n")
-        print(f"{out / 'report.html'}")
+        print(markdown, *said, *(f"{run}: {why}" for run, why in left_out.items()), out / "report.html", sep="\n")
 
 
-def find(folder: Path, planned: list[Path], axis: str, label: str, grid: list[Any]) -> Findings:
-    """Compares the finished runs; those that are not, or have diverged, are left out and named."""
-    frame = collect(folder / "runs") if (folder / "runs").is_dir() else pd.DataFrame({"run": []})
-    rows = {row["run"]: row for row in frame.to_dict("records")}
+def comparable(folder: Path, axis: str) -> tuple[pd.DataFrame, dict[str, str]]:
+    """The runs of the batch that have finished, a row each; and why the others do not count: unfinished, diverged."""
+    found = collect(folder).set_index("run").to_dict("index")
     left_out, counted = {}, []
-    for run in map(str, planned):
-        row = rows.get(run)
-        if row is None:
-            left_out[run] = "missing: not started yet"
-        elif row["status"] != "finished" or row["problem"]:
-            left_out[run] = f"{row['status']}" + (f": {row['problem']}" if row["problem"] else "")
-        elif not all(math.isfinite(row.get(column, math.nan)) for column in (f"best_val_{METRIC}", f"test_{METRIC}")):
-            left_out[run] = f"{row['status']}: val_{METRIC} or the test's {METRIC} is missing or not finite"
+    for job in jobs.read_batch(folder / "batch.sh"):
+        run = str(job.run or job.line)
+        row = found.get(run, {"status": "missing", "problem": "not started yet"})
+        valid, test = (row.get(column, math.nan) for column in (f"best_val_{METRIC}", f"test_{METRIC}"))
+        if row["status"] != "finished" or row["problem"]:
+            left_out[run] = ": ".join(filter(None, (row["status"], row["problem"])))
+        elif not (math.isfinite(valid) and math.isfinite(test)):
+            left_out[run] = f"finished: val_{METRIC} or the test's {METRIC} is missing or not finite"
         else:
             config = load_config(run)  # collect leaves out what is the same in all runs
-            own = {name: ast.literal_eval(config[name]) for name in (axis, "training_loop.seed")}
-            counted.append(row | own | {"best_epoch": int(row["best_epoch"])})
-    columns = ["run", axis, "training_loop.seed", "best_epoch", f"best_val_{METRIC}", f"test_{METRIC}"]
-    runs = pd.DataFrame(counted, columns=columns).sort_values([axis, "training_loop.seed"], ignore_index=True)
-    records = []
-    for value in grid:
-        own = runs[runs[axis] == value]
-        mean, deviation, half, n = mean_interval(own[f"best_val_{METRIC}"].tolist())
-        records.append({axis: value, "n": n, "mean": mean, "std": deviation, "interval": half})
-    table = pd.DataFrame(records, columns=[axis, "n", "mean", "std", "interval"])
-    ranked = table[table["n"] > 0].sort_values("mean", ascending=False)[axis].tolist()
-    best = ranked[0] if ranked else None
-    return Findings(table, runs, left_out, best, verdict(runs, ranked, axis, label, grid))
+            value, seed = (ast.literal_eval(config[name]) for name in (axis, "training_loop.seed"))
+            counted.append((run, value, seed, int(row["best_epoch"]), valid, test))
+    runs = pd.DataFrame(counted, columns=["run", "value", "seed", "best_epoch", "valid", "test"])
+    return runs.sort_values(["value", "seed"], ignore_index=True), left_out
 
 
-def verdict(runs: pd.DataFrame, ranked: list[Any], axis: str, label: str, grid: list[Any]) -> list[str]:
+def verdict(runs: pd.DataFrame, ranked: Sequence[Any], label: str, grid: Sequence[Any]) -> list[str]:
     """Sentences: the best, its test metric, whether it differs from the second, and whether it is at the edge."""
     if not ranked:
         return ["No run is finished: nothing can be told yet."]
-    of = {value: runs[runs[axis] == value] for value in ranked}
-    valid = {value: own[f"best_val_{METRIC}"].tolist() for value, own in of.items()}
-    mean, _, half, n = mean_interval(of[ranked[0]][f"test_{METRIC}"].tolist())
+    best, *others = ranked
+    of = dict(iter(runs.groupby("value")))
+    mean, _, half, n = mean_interval(of[best]["test"].tolist())
     spread = "" if math.isnan(half) else f" ± {half:.2f} (95 % interval)"
-    said = [f"Best {label}: {ranked[0]:g}, by the mean of val_{METRIC}. Test: {mean:.2f}{spread} %, n = {n}."]
-    if len(ranked) > 1:
-        p = welch(valid[ranked[0]], valid[ranked[1]])
+    said = [f"Best {label}: {best:g}, by the mean of val_{METRIC}. Test: {mean:.2f}{spread} %, n = {n}."]
+    if others:
+        second = others[0]
+        p = welch(of[best]["valid"].tolist(), of[second]["valid"].tolist())
         if p is None:
-            said.append(
-                f"Whether it differs from {ranked[1]:g}: cannot tell, there are fewer than 3 seeds, or no spread."
-            )
+            said.append(f"Whether it differs from {second:g}: cannot tell, there are fewer than 3 seeds, or no spread.")
         else:
             word = "differs" if p < 0.05 else "does not differ"
-            said.append(f"It {word} from the second, {ranked[1]:g} (Welch's t test on val_{METRIC}: p = {p:.3g}).")
-    if len(grid) > 1 and ranked[0] in (min(grid), max(grid)):
-        said.append(f"Warning: {ranked[0]:g} is at the edge of the grid; the best may lie outside.")
+            said.append(f"It {word} from the second, {second:g} (Welch's t test on val_{METRIC}: p = {p:.3g}).")
+    if len(grid) > 1 and best in (min(grid), max(grid)):
+        said.append(f"Warning: {best:g} is at the edge of the grid; the best may lie outside.")
     return said
 
 
-def as_text(table: pd.DataFrame, label: str) -> list[list[str]]:
-    """The table as people read it: header and rows."""
-    rows = [[label, "n", f"val_{METRIC} (%)", "standard deviation", "95 % interval"]]
-    for value, n, *numbers in table.itertuples(index=False):
-        rows.append([f"{value:g}", str(n), *("-" if math.isnan(x) else f"{x:.2f}" for x in numbers)])
-        rows[-1][-1] = rows[-1][-1] if rows[-1][-1] == "-" else f"± {rows[-1][-1]}"
-    return rows
+def as_read(table: pd.DataFrame, label: str) -> pd.DataFrame:
+    """The table as people read it: texts, in columns of speaking names."""
+    names = [label, "n", f"val_{METRIC} (%)", "standard deviation", "95 % interval"]
+    formats = ["{:g}", "{}", "{:.2f}", "{:.2f}", "± {:.2f}"]
+    columns = zip(names, table.columns, formats, strict=True)
+    return pd.DataFrame({name: table[c].map(f.format, na_action="ignore") for name, c, f in columns}).fillna("-")
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """The rows as a table of markdown."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
-
-
-def page(found: Findings, table: list[list[str]], axis: str, label: str, out: Path) -> str:
+def page(
+    label: str, shown: pd.DataFrame, best: list[Any], runs: pd.DataFrame, left_out: dict[str, str], said: list[str],
+    out: Path,
+) -> str:  # fmt: skip
     """report.html: all in one file; each run's number is linked to its folder."""
-
-    def cells(row: list[str], tag: str = "td") -> str:
-        return "".join(f"<{tag}>{cell}</{tag}>" for cell in row)
 
     def link(run: str, text: str) -> str:
         return f'<a href="{html.escape(Path(os.path.relpath(run, out)).as_posix())}/">{html.escape(text)}</a>'
@@ -147,29 +123,30 @@ def page(found: Findings, table: list[list[str]], axis: str, label: str, out: Pa
         data = base64.b64encode((out / name).read_bytes()).decode()
         return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
 
-    escaped = [[html.escape(cell) for cell in row] for row in table]
-    summary = [f"<tr>{cells(escaped[0], 'th')}</tr>"]
-    for value, row in zip(found.table[axis], escaped[1:], strict=True):
-        summary.append(f"<tr{' class=best' if value == found.best else ''}>{cells(row)}</tr>")
-    each = [f"<tr>{cells(['run', html.escape(label), 'seed', 'best epoch', f'val_{METRIC} (%)'], 'th')}</tr>"]
-    for run, value, seed, epoch, valid, _ in found.runs.itertuples(index=False):
-        each.append(
-            f"<tr>{cells([link(run, Path(run).name), f'{value:g}', seed, epoch, link(run, f'{valid:.2f}')])}</tr>"
-        )
-    out_of_it = [f"<li>{link(run, Path(run).name)}: {html.escape(why)}</li>" for run, why in found.left_out.items()]
-    title = f"Which {label} is best?"
+    title = html.escape(f"Which {label} is best?")
+    summary = shown.to_html(index=False, border=0, table_id="summary")
+    for value in best:  # its row
+        cell = f"\n      <td>{value:g}</td>"
+        summary = summary.replace(f"<tr>{cell}", f"<tr class=best>{cell}")
+    each = pd.DataFrame({
+        "run": [link(run, Path(run).name) for run in runs["run"]],
+        html.escape(label): runs["value"].map("{:g}".format),
+        "seed": runs["seed"],
+        "best epoch": runs["best_epoch"],
+        f"val_{METRIC} (%)": [link(run, f"{valid:.2f}") for run, valid in zip(runs["run"], runs["valid"], strict=True)],
+    })  # fmt: skip
+    with pd.option_context("display.max_colwidth", None):  # else long links are cut
+        each_run = each.to_html(index=False, border=0, table_id="runs", escape=False)
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>",
-        f"<h1>{html.escape(title)}</h1>",
-        *(
-            f"<p class={'warning' if s.startswith('Warning') else 'verdict'}>{html.escape(s)}</p>"
-            for s in found.verdict
-        ),
-        f"<table id=summary>{''.join(summary)}</table>",
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>",
+        f"<h1>{title}</h1>",
+        *(f"<p class={'warning' if s.startswith('Warning') else 'verdict'}>{html.escape(s)}</p>" for s in said),
+        summary,
         image("accuracy.png", f"validation accuracy by {label}"),
         image("curves.png", "learning curves"),
-        f"<h2>Runs</h2><table id=runs>{''.join(each)}</table>",
-        f"<h2>Left out</h2><ul id=left_out>{''.join(out_of_it)}</ul>" if out_of_it else "",
-        "</html>",
+        f"<h2>Runs</h2>{each_run}",
     ]
-    return "\n".join(part for part in parts if part) + "\n"
+    if left_out:
+        items = [f"<li>{link(run, Path(run).name)}: {html.escape(why)}</li>" for run, why in left_out.items()]
+        parts.append(f"<h2>Left out</h2><ul id=left_out>{''.join(items)}</ul>")
+    return "\n".join([*parts, "</html>\n"])
