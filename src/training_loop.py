@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import src.models  # noqa: F401  (registers the models)
+import src.models.torchvision_models  # noqa: F401  (registers the models)
 from src.callbacks import WarmupCosine, external, poutyne
 from src.callbacks.profile import Profile
 from src.callbacks.progress import Progress
@@ -32,17 +32,10 @@ from src.callbacks.tensorboard import TensorBoard
 from src.config import LOOP_SUPPLIES, Config, Failed, Refused, Settings, check, nearest
 from src.data.dataset import Batches, Data
 from src.distributed import GlobalBatch, Team, norms_of_one_process, unreached_draws
-from src.metrics import Accuracy, LossList, MetricList, register_torchmetric
+from src.metrics import Accuracy, LossList, MetricList
 from src.models.summary import summarise
-from src.models.torchvision_models import register as register_torchvision
 from src.run import Damaged, Run, Shadow, machine, read_checkpoint, read_flat
 from src.stop import Stopped, StopRequest
-
-EXTERNAL: dict[str, Callable[[str], None]] = {
-    "torchvision.models.": register_torchvision,
-    "torchmetrics.": register_torchmetric,
-    "poutyne.": external.register_poutyne,
-}
 
 
 def register_torch() -> None:
@@ -63,7 +56,7 @@ register_torch()
 
 def configure(settings: Settings) -> Config:
     """Checks the settings against all that can be named here. Raises Refused."""
-    return check(settings, "training_loop", EXTERNAL)
+    return check(settings)
 
 
 # Over 100 lines, most of them the settings and what they mean: the one list of what a run can be told.
@@ -743,7 +736,7 @@ class Commits(poutyne.Callback):
                 external.load_state_dict(callback, saved)
         device = next(self.trainer.network.parameters()).device
         if state["step"]:
-            self.trainer.loss.load_pending(state["loss"], device)
+            self.trainer.loss.load_pending(state["loss"])
             self.trainer.metrics.load_pending(state["metrics"], device)
         rngs = state["rngs"]  # they differ where each process draws for its rows alone
         set_rng(rngs[self.team.part.rank] if len(rngs) == self.team.size else rngs[0], device)
