@@ -269,7 +269,12 @@ class Config:
 
     def apply(self) -> None:
         """Makes this the whole of gin's configuration, by full names, since gin finds more short ones ambiguous."""
-        values = {_full(part): _map(_full, values, Reference) for part, values in self.values.items()}
+
+        def full(part: Name) -> Name:
+            scope, slash, _ = part.rpartition("/")
+            return type(part)(scope + slash + _known(part).selector)
+
+        values = {full(part): _map(full, values, Reference) for part, values in self.values.items()}
         gin.clear_config()
         gin.parse_config(replace(self, values=values, imports=[]).text())
 
@@ -313,6 +318,7 @@ def library(prefix: str) -> Callable[[Register], Register]:
     """Decorates what registers a part of a library once a config names it: its name begins with the prefix."""
 
     def decorate(register: Register) -> Register:
+        # gin takes a name only once.
         LIBRARIES[prefix] = lambda name: None if name in gin.config._REGISTRY else register(name)
         return LIBRARIES[prefix]
 
@@ -326,8 +332,7 @@ def register_builder(full_name: str, build: Callable[..., Any], parameters: Iter
     by_name = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in every}
     build.__signature__ = inspect.Signature(list(by_name.values()))  # type: ignore[attr-defined]
     module, _, name = full_name.rpartition(".")
-    denylist = [name for name in by_name if name in LOOP_SUPPLIES]
-    gin.external_configurable(build, name=name, module=module, denylist=denylist)
+    gin.external_configurable(build, name=name, module=module, denylist=[n for n in LOOP_SUPPLIES if n in by_name])
 
 
 def _selectors(name: str) -> list[str]:
@@ -339,11 +344,6 @@ def _selectors(name: str) -> list[str]:
 def _known(part: str) -> Any:
     """What gin knows of a part that is there."""
     return gin.config._REGISTRY[_selectors(part.rpartition("/")[2])[0]]
-
-
-def _full(part: Name) -> Name:
-    scope, slash, _ = part.rpartition("/")
-    return type(part)(scope + slash + _known(part).selector)
 
 
 def _short(part: Name) -> Name:
@@ -361,7 +361,7 @@ def _short(part: Name) -> Name:
     if len(selectors) > 1:
         raise Refused(f"{name} is the name of several: {', '.join(sorted(selectors))}")
     if not selectors:
-        known = (selector.rpartition(".")[2] for selector, _ in registry.items())
+        known = (s.rpartition(".")[2] for s, _ in registry.items() if not s.startswith(tuple(LIBRARIES)))
         raise Refused(f"nothing is named {name}{nearest(name, known)}")
     bare = selectors[0].rpartition(".")[2]
     short = bare if _selectors(bare) == selectors else registry.minimal_selector(selectors[0])

@@ -112,13 +112,13 @@ class MetricList(nn.Module):
         if len(self.waiting) == FEED_EVERY:
             self._feed()
 
-    def _whole(self, waiting: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int]) -> list[list[Tensor]]:
+    def _whole(self) -> list[list[Tensor]]:
         """The outputs and the labels of the batches that wait, with the rows of all."""
-        return [self.team.gather(column, sizes) for column in zip(*waiting, strict=True)]
+        return [self.team.gather(column, self.sizes) for column in zip(*self.waiting, strict=True)]
 
     def _feed(self) -> None:
         if self.waiting:
-            outputs, labels = map(torch.cat, self._whole(self.waiting, self.sizes))
+            outputs, labels = map(torch.cat, self._whole())
             for metric in self.metrics:
                 metric.update(outputs, labels)  # type: ignore[operator]
             self.waiting, self.sizes = [], []
@@ -137,18 +137,12 @@ class MetricList(nn.Module):
             metric.reset()  # type: ignore[operator]
 
     def pending(self) -> dict[str, Any]:
-        """What a commit inside an epoch keeps, but for the rows of the other processes: `complete` adds them."""
-        state = copy.deepcopy(self.metrics.state_dict())
-        waiting = [(output.cpu(), y.cpu()) for output, y in self.waiting]
-        return {"metrics": state, "waiting": waiting, "sizes": list(self.sizes)}
-
-    def complete(self, pending: Mapping[str, Any]) -> dict[str, Any]:
-        """What `pending` gave, with the rows of all."""
-        waiting = list(zip(*self._whole(pending["waiting"], pending["sizes"]), strict=True))
-        return {"metrics": pending["metrics"], "waiting": waiting}
+        """What a commit inside an epoch keeps, with the rows of all processes; on the CPU."""
+        waiting = [(output.cpu(), y.cpu()) for output, y in zip(*self._whole(), strict=True)]
+        return {"metrics": copy.deepcopy(self.metrics.state_dict()), "waiting": waiting}
 
     def load_pending(self, pending: Mapping[str, Any], device: torch.device) -> None:
-        """Takes back our rows of what `complete` gave."""
+        """Takes back our rows of what `pending` gave."""
         self.metrics.load_state_dict(pending["metrics"])
         self.metrics.to(device)  # torchmetrics keeps the tensors it is given, on the CPU
         self.waiting, self.sizes = [], []

@@ -829,7 +829,7 @@ class Commits(poutyne.Callback):
         )
 
     def _pending(self) -> dict[str, Any]:
-        """What an epoch under way has gathered here, and the random numbers' state: a commit collects those of all."""
+        """What an epoch under way has gathered, and our random numbers' state: a commit collects those of all."""
         device = next(self.trainer.network.parameters()).device
         return {"loss": self.trainer.loss.pending(), "metrics": self.trainer.metrics.pending(), "rng": get_rng(device)}
 
@@ -869,7 +869,7 @@ class Commits(poutyne.Callback):
                 "optimizer": self.trainer.optimizer.state_dict(),
                 "callbacks": [[type(c).__name__, plain(external.state_dict(c))] for c in self.callbacks],
                 "loss": pending["loss"],
-                "metrics": self.trainer.metrics.complete(pending["metrics"]),
+                "metrics": pending["metrics"],
                 "rngs": self.team.collect(pending["rng"]),
             }
         )
