@@ -2,14 +2,15 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gin
 import torch
 from torch import Tensor, nn
 
-from src.config import Refused, nearest
+from src.config import Refused, library, nearest, register_builder
 from src.distributed import ALONE, Team
 
 FEED_EVERY = 32  # batches; a metric costs tens of microseconds a call, whatever the batch's size
@@ -49,12 +50,14 @@ class LossList(nn.Module):
     Of several processes each notes its rows' share of a batch's loss; `read` puts the shares together.
     """
 
+    values: list[Tensor]  # not read yet: of our rows, on the device
+    whole: Tensor  # read: of all rows, on the CPU
+    sizes: list[int]
+
     def __init__(self, function: nn.Module, team: Team = ALONE) -> None:
         super().__init__()
         self.function, self.team = function, team
-        self.values: list[Tensor] = []
-        self.sizes: list[int] = []
-        self.n_whole = 0  # values that are those of all rows already
+        self.reset()
 
     def of(self, output: Tensor, y: Tensor, n: int) -> Tensor:
         """The loss [] of our rows of a batch of n, which is noted; without a row 0. output, y: [rows, ...]."""
@@ -67,11 +70,10 @@ class LossList(nn.Module):
 
     def read(self, begin: int = 0) -> Tensor:
         """The values from step `begin` of the epoch on, on the CPU: waits for the device, and for the others."""
-        if self.team.size > 1 and self.n_whole < len(self.values):
-            self.values[self.n_whole :] = self.team.total(torch.stack(self.values[self.n_whole :]))
-        self.n_whole = len(self.values)
-        values = self.values[begin:]
-        return torch.stack(values).cpu() if values else torch.zeros(0)
+        if self.values:
+            self.whole = torch.cat([self.whole, self.team.total(torch.stack(self.values)).cpu()])
+            self.values = []
+        return self.whole[begin:]
 
     def compute(self) -> Tensor:
         """The mean over the epoch's images."""
@@ -80,17 +82,15 @@ class LossList(nn.Module):
 
     def reset(self) -> None:
         """Forgets the epoch."""
-        self.values, self.sizes, self.n_whole = [], [], 0
+        self.values, self.whole, self.sizes = [], torch.zeros(0), []
 
     def pending(self) -> dict[str, Any]:
         """What a commit inside an epoch keeps."""
         return {"values": self.read(), "sizes": list(self.sizes)}
 
-    def load_pending(self, pending: Mapping[str, Any], device: torch.device) -> None:
+    def load_pending(self, pending: Mapping[str, Any]) -> None:
         """Takes back what `pending` gave."""
-        self.values = list(pending["values"].to(device))
-        self.sizes = list(pending["sizes"])
-        self.n_whole = len(self.values)
+        self.values, self.whole, self.sizes = [], pending["values"], list(pending["sizes"])
 
 
 class MetricList(nn.Module):
@@ -110,27 +110,26 @@ class MetricList(nn.Module):
         self.waiting.append((output, y))
         self.sizes.append(n)
         if len(self.waiting) == FEED_EVERY:
-            self._feed()
+            self.feed()
 
-    def _whole(self, waiting: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """The batches that wait, with the rows of all."""
-        return list(zip(*(self.team.gather(column, sizes) for column in zip(*waiting, strict=True)), strict=True))
+    def _whole(self) -> list[list[Tensor]]:
+        """The outputs and the labels of the batches that wait, with the rows of all."""
+        return [self.team.gather(column, self.sizes) for column in zip(*self.waiting, strict=True)]
 
-    def _feed(self) -> None:
+    def feed(self) -> None:
+        """Gives the metrics what waits: at each 32nd batch and at the epoch's end."""
         if self.waiting:
-            outputs, labels = (torch.cat(column) for column in zip(*self._whole(self.waiting, self.sizes), strict=True))
+            outputs, labels = map(torch.cat, self._whole())
             for metric in self.metrics:
                 metric.update(outputs, labels)  # type: ignore[operator]
             self.waiting, self.sizes = [], []
 
     def compute(self) -> dict[str, Tensor]:
         """Each metric's value by its name."""
-        self._feed()
-        values = {
-            name: metric.compute()  # type: ignore[operator]
-            for name, metric in zip(self.names, self.metrics, strict=True)
-        }
-        return values if self.team.size == 1 else self.team.share(values)  # GPUs may differ in the last bit
+        self.feed()
+        values = [metric.compute() for metric in self.metrics]  # type: ignore[operator]
+        shared: list[Tensor] = self.team.share(values)  # GPUs may differ in the last bit
+        return dict(zip(self.names, shared, strict=True))
 
     def reset(self) -> None:
         """Forgets the epoch."""
@@ -139,25 +138,22 @@ class MetricList(nn.Module):
             metric.reset()  # type: ignore[operator]
 
     def pending(self) -> dict[str, Any]:
-        """What a commit inside an epoch keeps, but for the rows of the other processes: `complete` adds them."""
-        state = copy.deepcopy(self.metrics.state_dict())
-        waiting = [(output.cpu(), y.cpu()) for output, y in self.waiting]
-        return {"metrics": state, "waiting": waiting, "sizes": list(self.sizes)}
-
-    def complete(self, pending: Mapping[str, Any]) -> dict[str, Any]:
-        """What `pending` gave, with the rows of all."""
-        return {"metrics": pending["metrics"], "waiting": self._whole(pending["waiting"], pending["sizes"])}
+        """What a commit inside an epoch keeps, with the rows of all processes; on the CPU."""
+        waiting = [(output.cpu(), y.cpu()) for output, y in zip(*self._whole(), strict=True)]
+        return {"metrics": copy.deepcopy(self.metrics.state_dict()), "waiting": waiting}
 
     def load_pending(self, pending: Mapping[str, Any], device: torch.device) -> None:
-        """Takes back our rows of what `complete` gave."""
+        """Takes back our rows of what `pending` gave."""
         self.metrics.load_state_dict(pending["metrics"])
         self.metrics.to(device)  # torchmetrics keeps the tensors it is given, on the CPU
-        self.sizes = [len(y) for _, y in pending["waiting"]]
-        own = [self.team.part.rows(n) for n in self.sizes]
-        batches = zip(pending["waiting"], own, strict=True)
-        self.waiting = [(output[rows].to(device), y[rows].to(device)) for (output, y), rows in batches]
+        self.waiting, self.sizes = [], []
+        for output, y in pending["waiting"]:
+            rows = self.team.part.rows(len(y))
+            self.waiting.append((output[rows].to(device), y[rows].to(device)))
+            self.sizes.append(len(y))
 
 
+@library("torchmetrics.")
 def register_torchmetric(full_name: str) -> None:
     """Registers `torchmetrics.X` with gin; the loop supplies num_classes. Imports torchmetrics.
 
@@ -172,27 +168,15 @@ def register_torchmetric(full_name: str) -> None:
         metric = getattr(metric, part, None)
     if not (inspect.isclass(metric) and issubclass(metric, torchmetrics.Metric)):
         raise Refused(f"torchmetrics has no metric {name}{nearest(name, torchmetrics.__all__)}")
-    # A torchmetrics.F1Score is made by __new__ for the task, a MulticlassF1Score by __init__.
-    maker: Callable[..., Any] = metric.__new__ if "__new__" in vars(metric) else metric.__init__
-    signature = inspect.signature(maker)
-    given = list(signature.parameters.values())[1:]
+    parameters = inspect.signature(metric).parameters
 
     def build(n_classes: int, **settings: Any) -> Any:
-        if "num_classes" in signature.parameters:
+        if "num_classes" in parameters:
             settings["num_classes"] = n_classes
         built = metric(**settings)
-        built.name = gin.current_scope_str() or _snake(metric.__name__)
+        built.name = gin.current_scope_str() or re.sub(r"(?<!^)(?=[A-Z])", "_", metric.__name__).lower()
         built.persistent(True)  # its sums belong into the checkpoint
         built.sync_on_compute = False  # it is given the rows of all processes
         return built
 
-    own = inspect.Parameter("n_classes", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    named = [p.replace(kind=p.KEYWORD_ONLY) for p in given if p.kind is not p.VAR_KEYWORD and p.name != "num_classes"]
-    build.__signature__ = inspect.Signature([own, *named])  # type: ignore[attr-defined]
-    module, _, last = full_name.rpartition(".")
-    gin.external_configurable(build, name=last, module=module, denylist=["n_classes"])
-
-
-def _snake(name: str) -> str:
-    words = "".join(f"_{c.lower()}" if c.isupper() else c for c in name)
-    return words.lstrip("_")
+    register_builder(full_name, build, [p for p in parameters.values() if p.name != "num_classes"])

@@ -55,7 +55,7 @@ def load_config(run: str | Path) -> dict[str, str]:
 @lru_cache(maxsize=2**14)
 def _bindings(line: str) -> list[tuple[str, str]]:
     """What one line sets: most are the same in many runs, and gin's parser takes 2 ms a file."""
-    return [(b.key, format_value(b.value, {})) for b in read([], [line]).bindings]
+    return [(b.key, format_value(b.value)) for b in read([], [line]).bindings]
 
 
 def load_history(run: str | Path) -> list[dict[str, float]]:

@@ -369,7 +369,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 def read_flat(config: Path) -> dict[str, str]:
     """A config.gin as `Config.flat` gives it."""
-    return {b.key: format_value(b.value, {}) for b in read([str(config)]).bindings}
+    return {b.key: format_value(b.value) for b in read([str(config)]).bindings}
 
 
 def is_locked(path: Path) -> bool:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import src.models  # noqa: F401  (registers the models)
+import src.models.torchvision_models  # noqa: F401  (registers the models)
 from src.callbacks import WarmupCosine, external, poutyne
 from src.callbacks.profile import Profile
 from src.callbacks.progress import Progress
@@ -33,9 +33,8 @@ from src.callbacks.tensorboard import TensorBoard
 from src.config import Config, Failed, Refused, Settings, check, nearest
 from src.data.dataset import Batches, Data
 from src.distributed import GlobalBatch, Team, norms_of_one_process, unreached_draws
-from src.metrics import Accuracy, LossList, MetricList, register_torchmetric
+from src.metrics import Accuracy, LossList, MetricList
 from src.models.summary import summarise
-from src.models.torchvision_models import register as register_torchvision
 from src.run import Run, Shadow, read_checkpoint
 from src.stop import Stopped, StopRequest
 
@@ -598,7 +597,7 @@ class Commits(poutyne.Callback):
             if name == type(callback).__name__:  # or it is an accepted change
                 external.load_state_dict(callback, saved)
         if state["step"]:
-            self.trainer.loss.load_pending(state["loss"], self.device)
+            self.trainer.loss.load_pending(state["loss"])
             self.trainer.metrics.load_pending(state["metrics"], self.device)
         rngs = state["rngs"]  # they differ where each process draws for its rows alone
         set_rng(rngs[self.team.part.rank] if len(rngs) == self.team.size else rngs[0], self.device)
@@ -639,6 +638,7 @@ class Commits(poutyne.Callback):
             self.train_end = time.perf_counter()
             networks = dict.fromkeys((self.trainer.network, self.trainer.shown))
             self.team.copy_first([b for n in networks for b in n.buffers()])  # without sync_batch_norm each has its own
+            self.trainer.metrics.feed()
             self.at_train_end = self._pending()
         if self.trainer.updated:  # never inside an accumulation
             self._commit_if_due()
@@ -696,7 +696,7 @@ class Commits(poutyne.Callback):
         raise Failed(f"{what} at epoch {epoch}, step {step}: {advice}")
 
     def _pending(self) -> dict[str, Any]:
-        """What an epoch under way has gathered here, and the random numbers' state: a commit collects those of all."""
+        """What an epoch under way has gathered, and our random numbers' state: a commit collects those of all."""
         loss, metrics = self.trainer.loss.pending(), self.trainer.metrics.pending()
         return {"loss": loss, "metrics": metrics, "rng": get_rng(self.device)}
 
@@ -738,7 +738,7 @@ class Commits(poutyne.Callback):
                 "optimizer": self.trainer.optimizer.state_dict(),
                 "callbacks": [[type(c).__name__, plain(external.state_dict(c))] for c in self.callbacks],
                 "loss": pending["loss"],
-                "metrics": self.trainer.metrics.complete(pending["metrics"]),
+                "metrics": pending["metrics"],
                 "rngs": self.team.collect(pending["rng"]),
             }
         )
@@ -787,12 +787,6 @@ def plain(value: Any) -> Any:
 
 # --- names ----------------------------------------------------------------------------------------
 
-EXTERNAL: dict[str, Callable[[str], None]] = {
-    "torchvision.models.": register_torchvision,
-    "torchmetrics.": register_torchmetric,
-    "poutyne.": external.register_poutyne,
-}
-
 
 def register_torch() -> None:
     """Registers torch's optimizers, losses and LR schedulers with gin, by their bare names."""
@@ -812,4 +806,4 @@ register_torch()
 
 def configure(settings: Settings) -> Config:
     """Checks the settings against all that can be named here. Raises Refused."""
-    return check(settings, "training_loop", EXTERNAL)
+    return check(settings)

@@ -101,7 +101,7 @@ values = st.recursive(
 
 @given(st.lists(values, min_size=1, max_size=4), st.sampled_from([";", "\n", " ; ", ";;\n"]))
 def test_any_value_survives_binding_splitting_and_formatting(items, separator):
-    text = separator.join(f"a.x{i} = {config.format_value(v, {})}" for i, v in enumerate(items))
+    text = separator.join(f"a.x{i} = {config.format_value(v)}" for i, v in enumerate(items))
     read = config.read([], [text]).bindings
     assert [b.value for b in read] == items
     assert [repr(b.value) for b in read] == [repr(v) for v in items]  # True is not 1, () not []

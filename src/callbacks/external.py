@@ -2,78 +2,54 @@
 
 import inspect
 import os
-from collections.abc import Callable
 from typing import Any
 
-import gin
 import poutyne
 from torch.optim import lr_scheduler
 
-from src.config import Refused, nearest
+from src.config import Refused, library, nearest, register_builder
 
-MONITOR = inspect.Parameter("monitor", inspect.Parameter.KEYWORD_ONLY, default="val_loss", annotation=str)
 # The base class, and those that are made from other schedulers, which a config cannot build.
 NOT_OFFERED = ("LRScheduler", "SequentialLR", "ChainedScheduler")
 # Poutyne's callbacks that remember nothing a run needs to go on, beside its loggers.
 STATELESS = ("TerminateOnNaN", "LambdaCallback", "ClipNorm", "ClipValue")
 
 
-class Silent(poutyne.Callback):
-    """Does nothing."""
-
-    stateless = True
-
-
 def schedulers() -> list[str]:
     """Names of torch's LR schedulers that Poutyne has as callbacks."""
-    return [
-        name
-        for name, scheduler in vars(lr_scheduler).items()
-        if inspect.isclass(scheduler)
-        and issubclass(scheduler, lr_scheduler.LRScheduler)
-        and name not in NOT_OFFERED
-        and not name.startswith("_")
-        and hasattr(poutyne, name)
-    ]
+    return [name for name in lr_scheduler.__all__ if hasattr(poutyne, name) and name not in NOT_OFFERED]
 
 
 def register_schedulers() -> None:
     """Registers torch's LR schedulers with gin, as callbacks that step at the end of an epoch."""
     for name in schedulers():
-        _register(name, "torch.optim.lr_scheduler")
+        _register(f"torch.optim.lr_scheduler.{name}")
 
 
+@library("poutyne.")
 def register_poutyne(full_name: str) -> None:
     """Registers `poutyne.X` with gin. Raises Refused if Poutyne has no such callback."""
     name = full_name.removeprefix("poutyne.")
     callbacks = [n for n, c in vars(poutyne).items() if inspect.isclass(c) and issubclass(c, poutyne.Callback)]
     if name not in callbacks:
         raise Refused(f"poutyne has no callback {name}{nearest(name, callbacks)}")
-    _register(name, "poutyne")
+    _register(full_name)
 
 
-def _register(name: str, module: str) -> None:
+def _register(full_name: str) -> None:
+    name = full_name.rpartition(".")[2]
     callback = getattr(poutyne, name)
 
     def build(**settings: Any) -> Any:
         if name.endswith("Logger") and os.environ.get("RANK", "0") != "0":  # of several processes the first logs
-            return Silent()
+            return poutyne.LambdaCallback()  # does nothing
         return callback(**settings)
 
-    # Poutyne's schedulers take any keyword; gin is told torch's, so that names are checked.
-    signature = _signature(name, callback)
-    build.__signature__ = signature  # type: ignore[attr-defined]
-    supplied = [name for name in ("parameters",) if name in signature.parameters]  # by the loop
-    gin.external_configurable(build, name=name, module=module, denylist=supplied)
-
-
-def _signature(name: str, callback: Callable[..., Any]) -> inspect.Signature:
-    if name not in schedulers():
-        return inspect.signature(callback)
-    parameters = list(inspect.signature(getattr(lr_scheduler, name)).parameters.values())[1:]
-    if name == "ReduceLROnPlateau":
-        parameters.append(MONITOR)
-    return inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])
+    parameters = dict(inspect.signature(callback).parameters)
+    if name in schedulers():  # Poutyne's take any keyword
+        parameters |= inspect.signature(getattr(lr_scheduler, name)).parameters
+        del parameters["optimizer"]
+    register_builder(full_name, build, parameters.values())
 
 
 def state_dict(callback: poutyne.Callback) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_every_network_is_registered_with_its_settings(name):
     parameters = inspect.signature(gin.get_configurable(PREFIX + name)).parameters
     theirs = inspect.signature(inspect.signature(models.get_model_builder(name)).return_annotation).parameters
     not_settable = {"num_classes", "kwargs", "aux_logits", "transform_input", "init_weights"}
-    assert set(parameters) == {"input_shape", "n_classes", "weights", "progress", *theirs} - not_settable
+    assert set(parameters) == {"input_shape", "n_classes", "weights", *theirs} - not_settable
     assert parameters["weights"].default is None
     for wrong in ("dropuot", "num_classes", "input_shape"):
         with pytest.raises(ValueError, match=wrong):
@@ -105,7 +105,7 @@ def test_logits_in_both_modes(name, size, binding):
 def test_a_setting_takes_effect_and_is_recorded():
     assert built("mobilenet_v3_small", binding="dropout = 0.625").classifier[2].p == 0.625
     recorded = re.findall(r"^\S+ = .*", gin.operative_config_str(), re.M)
-    settings = ("dropout = 0.625", "progress = True", "weights = None")
+    settings = ("dropout = 0.625", "weights = None")
     assert recorded == [f"mobilenet_v3_small.{setting}" for setting in settings]
 
 
