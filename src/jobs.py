@@ -28,6 +28,7 @@ from src.results import status
 from src.stop import SIGNALS
 
 POLL_SECONDS = 0.1
+SCRIPTS = re.compile(r"(?<!\S)(\./)?bin/(?=\w+\.py\b)")  # as prepare writes them
 # The outer shell outlives the signals that stop a job, so that the mark is right even if the launcher is dead.
 OUTER = 'trap : INT TERM USR1; bash -c "$1"; code=$?; [ $code != 0 ] || : > "$2" || exit; exit $code'
 # The line's shell starts nothing more after a signal; it says how what was running has ended, or 128 + signal.
@@ -132,7 +133,8 @@ def launch(
         workers: jobs at a time; None: as many as fit the cores, by OMP_NUM_THREADS or an eighth of them a job.
         gpus: names for CUDA_VISIBLE_DEVICES; one job at a time on each.
         retry: how often a job that failed is run again, after the others.
-        frozen: the scripts of bin/ go on with code.tar.gz beside the batch, as soon as they import src.
+        frozen: the scripts of bin/ are those of code.tar.gz beside the batch; where a line names one in another
+            way than bin/NAME.py from the clone's root, ours goes on as that one as soon as it imports src.
         only: the name of one job, the hash of its line, which is left alone, as the others are, if it runs elsewhere.
         starter: what starts bin/train.py, such as "torchrun --nproc-per-node 2".
 
@@ -145,14 +147,16 @@ def launch(
     slots, threads = _slots(len(jobs), workers, gpus)
     # src/__init__.py reads TRAIN_STARTER and FROZEN_CODE.
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRAIN_STARTER": starter}
+    scripts = "bin/"
     if frozen:
         code = frozen_code(batch)
-        environment["FROZEN_CODE"] = str(code)
+        environment["FROZEN_CODE"] = str(code)  # for lines that name their script in another way
+        scripts = f"{shlex.quote(str(code))}/bin/" if Path.cwd() == ROOT else scripts
         environment["DATA_DIR"] = environment.get("DATA_DIR") or str(ROOT / "data")
         # The code lies inside of this clone, and is not what this clone's git knows.
         environment["GIT_CEILING_DIRECTORIES"] = str(code.parent)
     jobs[0].path.parent.mkdir(exist_ok=True)
-    return asyncio.run(_Launcher(jobs, environment, retry, waits=only is None).run(slots))
+    return asyncio.run(_Launcher(jobs, environment, scripts, retry, waits=only is None).run(slots))
 
 
 def _slots(n_jobs: int, workers: int | None, gpus: Sequence[str] | None) -> tuple[list[str], int]:
@@ -161,7 +165,10 @@ def _slots(n_jobs: int, workers: int | None, gpus: Sequence[str] | None) -> tupl
         raise Refused(f"--gpus {','.join(gpus)}: name each GPU once, without --workers: --gpus 0,1")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fixed = len(gpus) if gpus else workers
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // (fixed or 8)))
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked and not asked.isdecimal():
+        raise Refused(f"OMP_NUM_THREADS={asked}: must be a number of threads, from 1")
+    threads = int(asked or 0) or max(1, cores // (fixed or 8))
     return list(gpus or [""] * (fixed or min(n_jobs, max(1, cores // threads)))), threads
 
 
@@ -208,8 +215,9 @@ def _release(locks: list[int]) -> None:
 class _Launcher:
     """One launch: each slot runs one waiting job after another, until all are finished or a signal asks to stop."""
 
-    def __init__(self, jobs: list[Job], environment: dict[str, str], retry: int, waits: bool) -> None:
-        self.jobs, self.environment, self.retry, self.waits = jobs, environment, retry, waits
+    def __init__(self, jobs: list[Job], environment: dict[str, str], scripts: str, retry: int, waits: bool) -> None:
+        self.jobs, self.environment, self.scripts = jobs, environment, scripts
+        self.retry, self.waits = retry, waits
         self.waiting = [job for job in jobs if state(job) != "finished"]
         self.n_running = 0
         self.has_said = False  # that others run what is left
@@ -266,11 +274,12 @@ class _Launcher:
         return None
 
     async def _run_job(self, job: Job, locks: list[int], slot: str) -> None:
+        line = SCRIPTS.sub(lambda _: self.scripts, job.line)
         mark = os.devnull if job.run else job.path.with_suffix(".done")
         with open(job.path.with_suffix(".log"), "ab") as log:
             began, log_began = time.monotonic(), log.tell()
             shell = subprocess.Popen(
-                ["bash", "-c", OUTER, "bash", INNER + job.line, mark],
+                ["bash", "-c", OUTER, "bash", INNER + line, mark],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=locks, start_new_session=True,
                 env=self.environment | ({"CUDA_VISIBLE_DEVICES": slot} if slot else {}),
             )  # fmt: skip

@@ -463,3 +463,13 @@ def test_frozen_jobs_run_the_code_as_it_was(clone, place):
     age.write_text(age.read_text().replace("'new'", "'an edit too late'"))
     launch("--frozen", **options)
     assert Path("one").read_text().startswith("new a;b") and Path("two").read_text().startswith("new")
+
+
+def test_a_frozen_script_named_as_prepare_names_it_may_be_broken_meanwhile(clone, place, monkeypatch):
+    freeze(clone, place)
+    (clone / "bin/age.py").write_text("this is no Python")
+    batch(f"bin/age.py > '{place}/one'", f"A=1 ./bin/age.py x/bin/age.py > '{place}/two'")
+    monkeypatch.chdir(clone)
+    launch("--frozen", script=clone / "bin/launch.py", path=place / "batch.sh")
+    assert (place / "one").read_text().startswith("old")
+    assert (place / "two").read_text().startswith("old x/bin/age.py ")

@@ -97,7 +97,7 @@ def show_status(batch: Path, every: float | None) -> None:
         rows = [f"{state:9} {progress(job.run, state) if job.run else '':38} {job}" for job, state in states]
         clear = "\x1b[H\x1b[2J" if every and sys.stdout.isatty() else ""
         print(clear + "\n".join(rows), flush=True)
-        if not every or all(state == "finished" for _, state in states):
+        if not every or every < 0 or all(state == "finished" for _, state in states):
             return
         time.sleep(every)
 
