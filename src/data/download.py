@@ -52,6 +52,8 @@ def _fetch(url: str, timeout: float) -> bytes:
     Thread(target=open_url, daemon=True).start()
     try:
         with opened.result(timeout) as response:
+            if size := response.headers["Content-Length"]:
+                print(f"{int(size) / 1e6:.1f} MB", file=sys.stderr)
             content: bytes = response.read()
     except Exception as error:
         raise OSError(f"{url}: {str(error) or f'nothing came for {timeout:g} s'}") from error
