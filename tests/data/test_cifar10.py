@@ -87,7 +87,8 @@ def test_download(archive: Path, folder: Path, capfd: pytest.CaptureFixture[str]
     with serve(archive.read_bytes()) as url:
         data = cifar10(url=url, md5=md5_of(archive))
     assert names(folder) == [ARCHIVE]
-    assert capfd.readouterr().err == f"Downloading {url}\n"
+    size = archive.stat().st_size / 1e6
+    assert capfd.readouterr().err == f"Downloading {url}\n{size:.1f} MB\n"
     again = cifar10(md5=md5_of(archive))  # without a server
     assert again.fingerprint == data.fingerprint
     os.umask(umask := os.umask(0))  # what is shared with a group stays so
