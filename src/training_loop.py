@@ -30,13 +30,15 @@ from src.callbacks import WarmupCosine, external, poutyne
 from src.callbacks.profile import Profile
 from src.callbacks.progress import Progress
 from src.callbacks.tensorboard import TensorBoard
-from src.config import Config, Failed, Refused, Settings, check, nearest
+from src.config import LOOP_SUPPLIES, Config, Failed, Refused, Settings, check, nearest
 from src.data.dataset import Batches, Data
 from src.distributed import GlobalBatch, Team, norms_of_one_process, unreached_draws
 from src.metrics import Accuracy, LossList, MetricList
 from src.models.summary import summarise
 from src.run import Run, Shadow, read_checkpoint
 from src.stop import Stopped, StopRequest
+
+BUCKET_MB = 25  # of gradients that DistributedDataParallel sums at once
 
 
 # Over 100 lines, half of them settings: the one list of what a run can be told, then all that it does, in order.
@@ -206,6 +208,9 @@ def build(builder: Callable[..., Any], **supplied: Any) -> Any:
     function = builder.__init__ if inspect.isclass(builder) else builder
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    supplies = set(LOOP_SUPPLIES) - set(supplied)
+    if missing := [p.name for p in parameters.values() if p.name in supplies and p.default is p.empty]:
+        raise Refused(f"{builder.__name__} cannot stand where it does: it needs {missing[0]}, which is not given there")
     with refusing(builder.__name__):
         return builder(**{k: v for k, v in supplied.items() if takes_all or k in parameters})
 
@@ -450,7 +455,9 @@ class Trainer(poutyne.Model):
             parallel = nn.parallel.DistributedDataParallel
             known = inspect.signature(parallel).parameters  # torch 2.14 has renamed it
             buffers: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-            self.trained = parallel(self.trained, **buffers)
+            size = sum(p.numel() * p.element_size() for p in network.parameters()) / 2**20
+            # Gradients of a small network go in one message: by default the first MB goes ahead alone.
+            self.trained = parallel(self.trained, bucket_cap_mb=BUCKET_MB if size < BUCKET_MB else None, **buffers)
             self.global_batch = GlobalBatch(team.part, parts.sync_batch_norm)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.updated = True
