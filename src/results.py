@@ -286,6 +286,11 @@ def load_model(run: str | Path, weights: str = "best") -> "nn.Module":
     Input and output shapes are the run's data's. Raises Refused if there is no run, there are no such weights yet, or
     they do not fit the code as it is now.
     """
+    return _load(run, weights)[0]
+
+
+def _load(run: str | Path, weights: str) -> tuple["nn.Module", dict[str, Any]]:
+    """The network, and what the file of its weights holds."""
     import torch
 
     from src.training_loop import build, refuse_other_shapes
@@ -296,13 +301,13 @@ def load_model(run: str | Path, weights: str = "best") -> "nn.Module":
     path = _existing(run) / file
     if not path.exists():
         raise Refused(f"{run}: has no {file} yet: no epoch is finished")
-    data, state = read_meta(path.parent)["data"], read_checkpoint(path)["network"]
+    data, state = read_meta(path.parent)["data"], read_checkpoint(path)
     shapes = {"input_shape": tuple(data["input_shape"]), "n_classes": data["n_classes"]}
     with _configured(run) as settings, torch.random.fork_rng(devices=[]):
         network: nn.Module = build(settings["model"], **shapes)
-    refuse_other_shapes(state, network, f"{path}: does not fit the model of the code here")
-    network.load_state_dict(state)
-    return network.eval()
+    refuse_other_shapes(state["network"], network, f"{path}: does not fit the model of the code here")
+    network.load_state_dict(state["network"])
+    return network.eval(), state
 
 
 def evaluate(
@@ -319,7 +324,7 @@ def evaluate(
     from src.metrics import LossList, MetricList
     from src.training_loop import build, find_device, memory_format_of
 
-    network, path = load_model(run), Path(run)
+    (network, best), path = _load(run, "best"), Path(run)
     with _configured(path) as settings:
         place = find_device(device or settings["device"])
         data = data or settings["data"]()
@@ -339,7 +344,7 @@ def evaluate(
             metrics.update(output, y, len(y))
             outputs.append(output)
             targets.append(y)
-    found = {"split": split, "n": sum(loss.sizes), "epoch": read_checkpoint(path / "best.pt")["epoch"]}
+    found = {"split": split, "n": sum(loss.sizes), "epoch": best["epoch"]}
     found |= {"loss": float(loss.compute()), **{name: float(value) for name, value in metrics.compute().items()}}
     return found, torch.cat(targets), torch.cat(outputs)
 
