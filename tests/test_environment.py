@@ -110,7 +110,7 @@ def test_installing_brings_no_code_and_leaves_no_litter(tmp_path: Path) -> None:
     pip = [sys.executable, "-I", "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, "--target", tmp_path / "site", clone], check=True)
     assert sorted(clone.rglob("*")) == before
-    assert [p.name for p in (tmp_path / "site").iterdir()] == ["vanilla_pytorch-0.1.0.dist-info"]
+    assert [p.name for p in (tmp_path / "site").iterdir()] == ["vanilla_pytorch-0.2.0.dist-info"]
 
 
 # -------------------------------------------------------------------------------------------- e.sh
