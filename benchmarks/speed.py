@@ -163,7 +163,8 @@ def batch_of(seconds: float, width: int, folder: Path) -> int:
     """The batch size with which a bare step takes so long on this machine."""
     sizes = (64, 256)
     small, large = (statistics.median(step_loops(width, n, 100, folder)["bare"]() for _ in range(5)) for n in sizes)
-    return round(sizes[0] + (seconds - small) / (large - small) * (sizes[1] - sizes[0]))
+    batch = sizes[0] + (seconds - small) / (large - small) * (sizes[1] - sizes[0])
+    return max(round(batch), 16)  # on a busy machine the line through two noisy points may lead anywhere
 
 
 def ratio(values: list[float], base: list[float]) -> float:
