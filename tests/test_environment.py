@@ -100,6 +100,18 @@ def test_no_package_index_and_no_path_of_one_machine(name: str) -> None:
     assert not re.search(r"://|index-url|find-links|/home/|/Users/|/root/|/tmp/", text)
 
 
+def test_github_and_pre_commit_call_what_ci_calls() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
+    allowed = SpecifierSet(PROJECT["requires-python"])
+    assert all(version in allowed for version in workflow["strategy"]["matrix"]["python"])
+    assert workflow["steps"][-1]["run"].endswith("bash .ci/run")
+    script = (ROOT / ".ci/run").read_text()
+    (hooks,) = (repo["hooks"] for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"])
+    assert len(hooks) == 3
+    for hook in hooks:
+        assert f"\n{hook['entry'].removesuffix(' --fix')}" in script, hook["entry"]
+
+
 @pytest.mark.slow
 def test_installing_brings_no_code_and_leaves_no_litter(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
@@ -110,7 +122,8 @@ def test_installing_brings_no_code_and_leaves_no_litter(tmp_path: Path) -> None:
     pip = [sys.executable, "-I", "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, "--target", tmp_path / "site", clone], check=True)
     assert sorted(clone.rglob("*")) == before
-    assert [p.name for p in (tmp_path / "site").iterdir()] == ["vanilla_pytorch-0.2.0.dist-info"]
+    stem = f"{PROJECT['name'].replace('-', '_')}-{PROJECT['version']}"
+    assert [p.name for p in (tmp_path / "site").iterdir()] == [f"{stem}.dist-info"]
 
 
 # -------------------------------------------------------------------------------------------- e.sh

@@ -18,7 +18,9 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            package = ".".join(path.relative_to(ROOT).parts[: -node.level]) if node.level else ""
+            module = ".".join(filter(None, (package, node.module)))
+            names |= {f"{module}.{alias.name}" for alias in node.names}
     return names
 
 
@@ -37,10 +39,19 @@ def test_imports_point_down(package):
                 assert name.startswith(("src.config", f"src.{package}")), (file.name, name)
 
 
-def test_what_a_table_of_contents_names_is_there():
+def test_what_reads_text_imports_nothing_above_it():
+    below = {"config": (), "output": (), "stop": (), "record": ("config",), "run": ("config", "output", "record")}
+    for module, allowed in below.items():
+        ours = {name.split(".")[1] for name in imports(ROOT / f"src/{module}.py") if name.startswith("src.")}
+        assert ours <= set(allowed), module
+
+
+def test_a_table_of_contents_names_every_file():
     for package in ("data", "models", "callbacks"):
-        module = __import__(f"src.{package}", fromlist=["__all__"])
-        assert all(hasattr(module, name) for name in module.__all__)
+        named = imports(ROOT / f"src/{package}/__init__.py")
+        for file in (ROOT / "src" / package).glob("*.py"):
+            if re.search(r"^@gin\.register", file.read_text(), re.M):
+                assert any(name.startswith(f"src.{package}.{file.stem}.") for name in named), file
 
 
 def test_scripts_are_executable_and_thin():
@@ -64,14 +75,35 @@ def public(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassD
                     yield f"{node.name}.{method.name}", method, own and f"{own} {ast.get_docstring(node)}"
 
 
-def test_every_public_name_has_a_docstring_that_tells_shapes():
+SHAPE = re.compile(r"\[[\w*/, .]*\]")  # [B, C, H, W]
+TENSOR = re.compile(r"(Iterator\[|tuple\[|list\[|Sequence\[)*Tensor\b")
+UNITS = {  # of a parameter of this name its docstring says one of these
+    "timeout": "second", "padding": "pixel|crop", "cutout": "pixel", "size": "pixel| size|process", "patience": "epoch",
+    "schedule": "epoch", "total_steps": "step", "warmup_steps": "step",
+}  # fmt: skip
+
+
+def takes(node: ast.FunctionDef | ast.ClassDef) -> dict[str, str]:
+    """The parameters of a function, or of a class, with their annotations, and "return"."""
+    functions = [f for f in getattr(node, "body", []) if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
+    function = node if isinstance(node, ast.FunctionDef) else next(iter(functions), None)
+    if function is None:
+        return {}
+    arguments = {a.arg: a.annotation for a in (*function.args.args, *function.args.kwonlyargs)}
+    return {name: ast.unparse(a) if a else "" for name, a in (arguments | {"return": function.returns}).items()}
+
+
+def test_every_public_name_has_a_docstring_that_tells_shapes_and_units():
     names = 0
     for file in FILES:
         for name, node, docstring in public(ast.parse(file.read_text())):
             names += 1
             assert docstring or file.parent.name == "bin", (file.name, name)
-            if isinstance(node, ast.FunctionDef):
-                arguments = [a.annotation for a in (*node.args.args, *node.args.kwonlyargs)]
-                if any(a and ast.unparse(a) == "Tensor" for a in arguments):
-                    assert "[" in docstring, f"{file.name}: {name} takes a tensor: of which shape?"
-    assert names > 200
+            if any(TENSOR.match(annotation) for annotation in takes(node).values()):
+                assert SHAPE.search(docstring), f"{file.name}: {name} takes or gives a tensor: of which shape?"
+            if any(isinstance(f, ast.FunctionDef) and f.name == "forward" for f in getattr(node, "body", [])):
+                assert len(SHAPE.findall(docstring)) > 1 and "->" in docstring, f"{file.name}: {name}: shapes x -> y?"
+            for parameter, unit in UNITS.items():
+                if parameter in takes(node):
+                    assert re.search(unit, docstring), f"{file.name}: {name}: {parameter} in which unit?"
+    assert names > 150

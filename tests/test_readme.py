@@ -35,6 +35,18 @@ def commands(block: str) -> list[str]:
 def test_paths_in_the_readme_exist():
     for path in re.findall(r"\]\(((?!http|#)[^)]+)\)", README) + re.findall(r'src="([^"]+)"', README):
         assert (ROOT / path).exists(), path
+    headings = {
+        re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in re.findall(r"^#+ (.*)$", README, re.M)
+    }
+    assert headings >= set(re.findall(r"\]\(#([^)]+)\)", README))
+
+
+@pytest.mark.parametrize("script", ["bin/train.py", "bin/runs.py", "bin/launch.py"])
+def test_options_named_in_the_readme_exist(script):
+    named = re.findall(rf"`(?:\./e\.sh )?{script} ([^`]*)`", README)
+    options = {option for words in named for option in re.findall(r"(?:^| )(--[a-z]+)", re.sub(r'"[^"]*"', "", words))}
+    told = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert named and all(option in told for option in options), options
 
 
 def test_the_table_of_the_run_folder_names_every_file():
@@ -53,10 +65,13 @@ def test_settings_named_in_the_readme_exist():
     for line in lines:
         if not any(name in line for name in own):
             configure(config.read(base, [line]))
-    configure(
-        config.read(base, ["training_loop.metrics=[@torchmetrics.F1Score];torchmetrics.F1Score.task='multiclass'"])
-    )
-    configure(config.read(base, ["training_loop.callbacks=[@poutyne.WandBLogger];poutyne.WandBLogger.name='first'"]))
+    rows = [re.findall(r"`([\w.]+ = [^`]+)`", line) for line in README.splitlines() if line.startswith("| ")]
+    rows = [bindings for bindings in rows if len(bindings) > 1]
+    assert len(rows) >= 3
+    for bindings in rows:
+        configure(config.read(base, bindings))
+    named = {f"training_loop.{name}" for name in re.findall(r"(?<!/)\btraining_loop\.(?!py\b)(\w+)", README)}
+    assert named <= configure(config.read(base)).flat().keys()
 
 
 @pytest.mark.slow

@@ -229,7 +229,7 @@ def test_answers_and_refusals_come_soon():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not can_compile, reason="needs a GPU")
+@pytest.mark.skipif(not can_compile, reason="needs g++ or a GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_compiled_network_learns_the_same(train, tmp_path, precision):
     # Compiled dropout draws other numbers.

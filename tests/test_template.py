@@ -97,22 +97,28 @@ def test_a_project_of_another_name(template):
     assert os.access(project / "e.sh", os.X_OK) and os.access(project / "bin/train.py", os.X_OK)
 
 
+def test_the_author_and_a_name_that_no_package_can_have(template):
+    project = project_of(template, "with-author", "-d", "author=A. Person")
+    licence = (project / "LICENSE").read_text()
+    assert licence == (template / "LICENSE").read_text().replace("the authors of vanilla-pytorch", "A. Person")
+    assert "A. Person" in licence
+    command = [sys.executable, "-m", "copier", "copy", "--defaults", "-d", "name=Deep Thoughts", template, "refused"]
+    done = subprocess.run(command, cwd=template.parent, capture_output=True, text=True)
+    assert done.returncode and "small letters, digits and hyphens" in done.stderr
+    assert not (template.parent / "refused").exists()
+
+
 @pytest.mark.slow
 def test_a_project_trains_and_passes_its_tests_at_once(template):
     project = project_of(template, "deep", "-d", "name=deep-thoughts")
     environment = {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"}
     command = [sys.executable, "bin/train.py", "results/first", "configs/digits.gin", "configs/debug.gin"]
     subprocess.run(command, cwd=project, check=True, capture_output=True, env=environment)
-    quick = [
-        "tests/test_layout.py",
-        "tests/test_config.py",
-        "tests/test_train.py",
-        "tests/models",
-        "tests/test_readme.py",
-    ]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *quick]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout
+    named = [f"tests/test_{name}.py" for name in ("layout", "readme", "environment")]  # what the files named above hold
+    for marked, tests in (("not slow", named), ("slow", ["tests/test_environment.py", "-k", "installing"])):
+        command = [sys.executable, "-m", "pytest", "-q", "-m", marked, *tests]
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout
 
 
 def next_version(template: Path) -> None:
@@ -128,11 +134,11 @@ def next_version(template: Path) -> None:
     release(template, "1.1.0")
 
 
-def last_release() -> str | None:
+def last_release() -> str:
     """The last tag, or, in a clone without tags, the commit before the version in pyproject.toml was raised."""
     tags = git(ROOT, "tag", "--list", "v*", "--merged", "HEAD", "--no-contains", "HEAD", "--sort=v:refname").split()
-    raised = git(ROOT, "log", "-1", "--format=%H", "-G^version = ", "--", "pyproject.toml").strip()
-    return [*([f"{raised}^"] if raised else []), *tags][-1]
+    raised = git(ROOT, "log", "-1", "--format=%H %P", "-G^version = ", "--", "pyproject.toml").split()
+    return [*(raised[-1:] or ["HEAD"]), *tags][-1]  # the last: a repository of one commit
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +156,8 @@ def releases(tmp_path_factory):
     for name in files(ROOT):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
+    changed = folder / "src/stop.py"  # should nothing have changed since
+    changed.write_text(changed.read_text().replace('"""', '"""Released: ', 1))
     release(folder, "v0.0.2")
     return folder
 
@@ -218,17 +226,18 @@ def test_lines_that_both_the_project_and_the_release_changed_are_conflicts_that_
     git(project, "init", "-q")
     changed = git(releases, "diff", "--name-only", "--diff-filter=M", "v0.0.1", "v0.0.2", "--", "src").split()
     edited = {}
-    for name in changed[:5]:
+    for name in ["src/stop.py", *changed[:4]]:
         diff = git(releases, "diff", "-U0", "v0.0.1", "v0.0.2", "--", name).splitlines()
-        number = next(int(m[1]) for line in diff if (m := re.match(r"@@ -(\d+)(?:,[1-9]\d*)? \+", line)))
-        lines = (project / name).read_text().splitlines(keepends=True)
-        lines[number - 1] = edited[name] = lines[number - 1].rstrip("\n") + "  # my own words\n"
-        (project / name).write_text("".join(lines))
+        replaced = [int(m[1]) for line in diff if (m := re.match(r"@@ -(\d+)(?:,[1-9]\d*)? \+", line))]
+        if replaced:
+            lines = (project / name).read_text().splitlines(keepends=True)
+            lines[replaced[0] - 1] = edited[name] = lines[replaced[0] - 1].rstrip("\n") + "  # my own words\n"
+            (project / name).write_text("".join(lines))
     git(project, "add", "-A")
     git(project, "commit", "-qm", "mine")
     copier("update", "--defaults", "--conflict", "inline", folder=project)
     unmerged = git(project, "diff", "--name-only", "--diff-filter=U").split()
-    assert unmerged == sorted(edited) and len(edited) > 0
+    assert unmerged == sorted(edited) and "src/stop.py" in edited
     for name, line in edited.items():
         text = (project / name).read_text()
         assert "<<<<<<<" in text and line in text, name
@@ -254,3 +263,10 @@ def test_the_house_stays_small(capsys):
         print(f"\nlines of Python: {lines}, {sum(lines.values())} in all")
     # With several processes and Slurm. In a project of your own delete this file.
     assert sum(lines.values()) <= 5700, "what comes in has to push something out"
+
+
+def test_it_asks_for_at_most_three_packages_beside_those_it_is_about_and_says_why():
+    about = {"torch", "torchvision", "poutyne", "gin-config", "tensorboard", "scikit-learn", "pandas", "matplotlib"}
+    lines = (ROOT / "pyproject.toml").read_text().partition("dependencies = [\n")[2].partition("\n]")[0].splitlines()
+    reasons = [re.fullmatch(r' +"([\w-]+) [^"]*", +# \w.*', line) for line in lines]
+    assert all(reasons) and len({reason[1] for reason in reasons} - about) <= 3
