@@ -30,7 +30,9 @@ class Accuracy(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """logits: [N, C, ...], labels: [N, ...]."""
+        """logits: [N, C, ...], labels: [N, ...]. Raises ValueError for labels that are no classes."""
+        if labels.is_floating_point():
+            raise ValueError("Accuracy needs classes, but the targets are numbers: set training_loop.metrics to others")
         self.correct += (logits.argmax(dim=1) == labels).sum()
         self.count += labels.numel()
 
@@ -68,12 +70,12 @@ class LossList(nn.Module):
         self.sizes.append(n)
         return loss
 
-    def read(self, begin: int = 0) -> Tensor:
-        """The values from step `begin` of the epoch on, on the CPU: waits for the device, and for the others."""
+    def read(self) -> Tensor:
+        """The values of the epoch [steps], on the CPU: waits for the device, and for the others."""
         if self.values:
             self.whole = torch.cat([self.whole, self.team.total(torch.stack(self.values)).cpu()])
             self.values = []
-        return self.whole[begin:]
+        return self.whole
 
     def compute(self) -> Tensor:
         """The mean over the epoch's images."""

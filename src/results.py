@@ -293,7 +293,7 @@ def _load(run: str | Path, weights: str) -> tuple["nn.Module", dict[str, Any]]:
     """The network, and what the file of its weights holds."""
     import torch
 
-    from src.training_loop import build, refuse_other_shapes
+    from src.training_loop import build, refusing
 
     file = {"best": "best.pt", "last": "checkpoint.pt"}.get(weights)
     if file is None:
@@ -305,8 +305,8 @@ def _load(run: str | Path, weights: str) -> tuple["nn.Module", dict[str, Any]]:
     shapes = {"input_shape": tuple(data["input_shape"]), "n_classes": data["n_classes"]}
     with _configured(run) as settings, torch.random.fork_rng(devices=[]):
         network: nn.Module = build(settings["model"], **shapes)
-    refuse_other_shapes(state["network"], network, f"{path}: does not fit the model of the code here")
-    network.load_state_dict(state["network"])
+    with refusing(f"{path}: does not fit the model of the code here"):
+        network.load_state_dict(state["network"])
     return network.eval(), state
 
 

@@ -287,7 +287,7 @@ def test_accepted_changes_count_and_are_kept(main, capfd):
     assert results.load_history("run")[-1]["lr"] == 0.002
     before = contents(Path("run"))
     assert main("train", "run", "a.gin", *RELOAD, "-b", f"{other};training_loop.model=@MLP;MLP.n_hidden=(9,)") == 2
-    assert "weights do not fit the model as it is now" in capfd.readouterr().err
+    assert "last commit does not fit the settings as they are now: Error" in capfd.readouterr().err
     assert contents(Path("run")) == before
 
 

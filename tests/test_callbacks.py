@@ -130,7 +130,7 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", external.schedulers())
+@pytest.mark.parametrize("name", external.SCHEDULERS)
 def test_a_scheduler_goes_on_as_if_it_had_not_stopped(name, tmp_path):
     def begin():
         callback = gin.get_configurable(name)(**ARGUMENTS.get(name, {}))
