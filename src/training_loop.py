@@ -34,7 +34,7 @@ from src.callbacks.tensorboard import TensorBoard
 from src.config import Failed, Refused, check, nearest
 from src.data.dataset import Batches, Data
 from src.distributed import GlobalBatch, Team, norms_of_one_process, unreached_draws
-from src.metrics import Accuracy, LossList, MetricList
+from src.metrics import Accuracy, Sums
 from src.models.summary import summarise
 from src.run import Run, Shadow, read_checkpoint
 from src.stop import Stopped, StopRequest
@@ -110,10 +110,9 @@ class TrainingLoop:
             raise Refused(f"training_loop.batch_size = {self.batch_size}, but {expected}")
         if data.choice is not None:
             run.config = run.config.choose("data", data.choice)
-        shape = {"input_shape": list(data.input_shape), "n_classes": data.n_classes}
-        sizes = {"n_train": n, "n_valid": len(data.valid), "n_test": len(data.test)}
-        about_data = {"name": data.name, "fingerprint": data.fingerprint, **shape, **sizes}
-        run.refuse_changes(about_data, accept=self.accept_changes)
+        sizes = {"n_train": n, "n_valid": len(data.valid), "n_test": len(data.test), "n_classes": data.n_classes}
+        about = {"name": data.name, "fingerprint": data.fingerprint, "input_shape": list(data.input_shape), **sizes}
+        run.refuse_changes(about, accept=self.accept_changes)
         is_pruned, has_commit, run.changed = team.share((run.is_pruned, run.has_commit, run.changed))
         if is_pruned:
             print(f"{run.path}: is finished, nothing is left to train")
@@ -123,21 +122,15 @@ class TrainingLoop:
         # All parts, tried in memory.
         self._set_torch()
         trainer: Trainer = build(self.trainer or Trainer, loop=self)
-        callbacks = [build(callback, parameters=trainer.parameters) for callback in self.callbacks]
-        refuse_unfit_callbacks(self, trainer, callbacks)
+        callbacks = build_callbacks(trainer)
         print(try_one_batch(trainer))
         if team.size > 1:
             warn_of_other_numbers(trainer)
         model_name = run.config.flat()["training_loop.model"][1:]
-        facts = {"data": about_data, "model": model_name, "parameters": sum(p.numel() for p in trainer.parameters)}
+        facts = {"data": about, "model": model_name, "parameters": sum(p.numel() for p in trainer.parameters)}
         facts |= {"seed": self.seed, "monitor": self.monitor, "monitor_mode": self.monitor_mode}
         if self.init_from and not has_commit:
-            best = Path(self.init_from, "best.pt")
-            if not best.exists():
-                raise Refused(f"training_loop.init_from = {self.init_from!r}: there is no {best}")
-            with refusing(f"training_loop.init_from = {self.init_from!r}"):
-                trainer.network.load_state_dict(read_checkpoint(best)["network"])
-            facts["init_from"] = {"run": self.init_from, "sha256": hashlib.sha256(best.read_bytes()).hexdigest()}
+            facts["init_from"] = start_from(self.init_from, trainer.network)
 
         # From here on the folder is the run's.
         with stop.deferred():
@@ -151,12 +144,10 @@ class TrainingLoop:
 
         # Trained, unless it is done.
         at = Position(**{key: state[key] for key in vars(Position())}) if state else Position()
-        n_epochs = at.epoch if at.stopped else max(self.n_epochs, at.epoch)
-        if at.epoch < n_epochs:
+        first, n_epochs = at.epoch + 1, at.epoch if at.stopped else max(self.n_epochs, at.epoch)
+        print(f"{run.path}: {model_name} on {data.name}, {n} images, {self.place}: epoch {first} of {n_epochs}")
+        if first <= n_epochs:
             run.unfinish()
-        begin = f"on in epoch {at.epoch + 1}, after step {at.step}" if state else f"seed {self.seed}"
-        begin = begin if at.epoch < n_epochs else f"{at.epoch} epochs are done, nothing is left to train"
-        print(f"{run.path}: {model_name} on {data.name} ({n} images), {self.place}, {begin}")
         tensorboard = None
         if team.part.rank == 0:
             shown = {key: value for key, value in run.config.flat().items() if run.settings.binds(key)}
@@ -169,12 +160,7 @@ class TrainingLoop:
             called.append(profile(run.path / "profile.json"))
         with stop.deferred():
             trainer.fit_generator(
-                trainer.batches,
-                trainer.valid,
-                epochs=n_epochs,
-                initial_epoch=at.epoch + 1,
-                verbose=False,
-                callbacks=called,
+                trainer.batches, trainer.valid, epochs=n_epochs, initial_epoch=first, verbose=False, callbacks=called
             )
         stop.signal = team.largest(stop.signal)
         stop.raise_if_asked()  # what is left may take long
@@ -212,7 +198,7 @@ def refusing(what: str) -> Iterator[None]:
     """Errors that settings lead to become Refused: `what: the error (file:line)`, where the last code of ours is."""
     try:
         yield
-    except (RuntimeError, TypeError, ValueError, IndexError, ImportError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, ImportError, AssertionError) as error:
         place = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename][-1]
         said = str(error).partition("\n  In call to configurable")[0]  # by gin
         raise Refused(f"{what}: {said} ({place.filename}:{place.lineno})") from None
@@ -257,26 +243,21 @@ def find_device(name: str) -> torch.device:
     """The device, or Refused. 'auto' is cuda, then mps, then cpu; of several processes each has a GPU of its own."""
     n_here, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()  # here: processes
     if name == "auto":
-        mps = torch.backends.mps.is_available() and n_here == 1
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = "cuda" if n_gpus else "mps" if torch.backends.mps.is_available() and n_here == 1 else "cpu"
     if n_here > 1 and name == "cuda":
         if n_here > n_gpus:
             raise Refused(f"training_loop.device: {n_here} processes need a GPU each, but {n_gpus} are here")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise Refused(f"training_loop.device = {name!r}: cannot be used here: {reason}") from None
-    return device
+    with refusing(f"training_loop.device = {name!r}: cannot be used here"):
+        return torch.empty(0, device=name).device
 
 
-def refuse_unfit_callbacks(loop: TrainingLoop, trainer: "Trainer", callbacks: Sequence[poutyne.Callback]) -> None:
-    """Raises Refused if the loop or a callback watches what is no column of history.csv, a callback does not say what
-    it remembers, or a scheduler refuses its settings.
+def build_callbacks(trainer: "Trainer") -> list[poutyne.Callback]:
+    """The callbacks. Raises Refused if one, or the loop, watches what is no column of history.csv, if one does not say
+    what it remembers, or is a scheduler that refuses its settings.
     """
-    columns = [prefix + name for prefix in ("", "val_") for name in ("loss", *trainer.metrics.names)]
+    loop, columns = trainer.loop, [p + name for p in ("", "val_") for name in ("loss", *trainer.sums.names)]
+    callbacks = [build(callback, parameters=trainer.parameters) for callback in loop.callbacks]
     monitors = [(type(c).__name__, c.monitor) for c in callbacks if hasattr(c, "monitor")]
     for owner, name in [("training_loop", loop.monitor), *monitors]:
         if name not in columns:
@@ -288,6 +269,7 @@ def refuse_unfit_callbacks(loop: TrainingLoop, trainer: "Trainer", callbacks: Se
             with refusing(type(callback).__name__):  # it changes the learning rate of an optimizer to throw away
                 other = build(loop.optimizer, params=[nn.Parameter(torch.zeros(1))])
                 callback.torch_lr_scheduler(other, *callback.args, **callback.kwargs)
+    return callbacks
 
 
 def try_one_batch(trainer: "Trainer") -> str:
@@ -295,34 +277,39 @@ def try_one_batch(trainer: "Trainer") -> str:
 
     Raises Refused if the network does not take the data, or its output does not fit loss or metrics.
     """
-    network, batches, n_classes = trainer.network, trainer.batches, trainer.loop.dataset.n_classes
+    network, batches, loop = trainer.network, trainer.batches, trainer.loop
     x, y = trainer.first_batch()
-    name, shape = type(network).__name__, list(x.shape)
+    name, shape, expected = type(network).__name__, list(x.shape), [len(x), loop.dataset.n_classes]
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.no_grad():
         with refusing(f"{name} does not take a batch of shape {shape}"):
             output, summary = summarise(network, x)
-        if not y.is_floating_point() and output.shape[:2] != (len(x), n_classes):
-            fit = f"but the data has {n_classes} classes: it must be [{len(x)}, {n_classes}]"
-            raise Refused(f"{name} gives an output of shape {list(output.shape)} for a batch of shape {shape}, {fit}")
-        with refusing(f"the loss does not take {name}'s output"):
-            trainer.loss.function(output, y)
-        with refusing(f"a metric does not take {name}'s output"):
-            trainer.metrics.update(output, y, batches.n_images(0, 1))
-            for metric, value in trainer.metrics.compute().items():
-                if value.numel() != 1:
-                    raise Refused(f"the metric {metric} gives {value.numel()} numbers: it must be one")
-        trainer.metrics.reset()
+        if not y.is_floating_point() and list(output.shape[:2]) != expected:
+            raise Refused(f"{name} gives an output of shape {list(output.shape)}, but it must be {expected}")
+        with refusing(f"the loss or a metric does not take {name}'s output"):
+            trainer.sums.update(output, y, batches.n_images(0, 1))
+            trainer.sums.compute()
+            trainer.sums.reset()
         n_last = batches.n_images(batches.n_batches - 1, batches.n_batches)
-        if n_last == 1 or (n_last // trainer.team.size <= 1 and not trainer.loop.sync_batch_norm):
+        if n_last < 2 * (1 if loop.sync_batch_norm else trainer.team.size):
             advice = "choose another training_loop.batch_size"  # batch norm cannot normalise a single value
             with refusing(f"the last batch of an epoch would have one image only, {advice}"):
                 copy.deepcopy(network).train()(x[:1])
     return summary
 
 
+def start_from(folder: str, network: nn.Module) -> dict[str, Any]:
+    """Loads the best weights of another run. Raises Refused without a run or with other shapes."""
+    what, best = f"training_loop.init_from = {folder!r}", Path(folder, "best.pt")
+    if not best.exists():
+        raise Refused(f"{what}: there is no {best}")
+    with refusing(what):
+        network.load_state_dict(read_checkpoint(best)["network"])
+    return {"run": folder, "sha256": hashlib.sha256(best.read_bytes()).hexdigest()}
+
+
 def warn_of_other_numbers(trainer: "Trainer") -> None:
     """Warns, for the record, of what makes several processes compute other numbers than one."""
-    network, loss, causes = trainer.network, trainer.loss.function, []
+    network, loss, causes = trainer.network, trainer.sums.loss, []
     x, y = trainer.first_batch()
     if (norms := norms_of_one_process(network)) and not trainer.loop.sync_batch_norm:
         causes.append(f"batch norm takes the rows of each process ({', '.join(norms[:3])}) without sync_batch_norm")
@@ -357,10 +344,12 @@ class Trainer(poutyne.Model):
         if self.team.size > 1 and loop.sync_batch_norm and place.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.loss = LossList(build(loop.loss).to(place), self.team)
-        self.metrics = MetricList([build(m, n_classes=data.n_classes).to(place) for m in loop.metrics], self.team)
+        metrics = [build(metric, n_classes=data.n_classes).to(place) for metric in loop.metrics]
+        self.sums = Sums(build(loop.loss).to(place), metrics, self.team)
+        mean_loss = nn.Module()  # Poutyne asks for it before the metrics, with which it is forgotten
+        vars(mean_loss).update(compute=self.sums.mean_loss, reset=lambda: None)
         optimizer = build_optimizer(loop.optimizer, self.parameters, loop.fused)
-        super().__init__(network, optimizer, self.loss, epoch_metrics=[(self.metrics.names, self.metrics)])
+        super().__init__(network, optimizer, mean_loss, epoch_metrics=[(self.sums.names, self.sums)])
         splits = [s.to(place, loop.n_workers, memory_format, self.team.part) for s in (data.train, data.valid)]
         self.batches = Batches(splits[0], loop.batch_size, loop.seed, loop.steps_per_epoch)
         self.valid = Batches(splits[1], loop.batch_size, limit=loop.steps_per_epoch)
@@ -400,8 +389,7 @@ class Trainer(poutyne.Model):
         for group in self.optimizer.param_groups:
             group.update(accepted)
         if state["step"]:
-            self.loss.load_pending(state["loss"])
-            self.metrics.load_pending(state["metrics"], self.loop.place)
+            self.sums.load_pending(state["sums"], self.loop.place)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -426,7 +414,7 @@ class Trainer(poutyne.Model):
             self.optimizer.zero_grad()
         if self.team.size == 1:
             loss = self._compute_loss_and_metrics(x, y)[0]
-            own = self.loss.values[-1]
+            own = self.sums.values[-1]
             if after - first > 1:  # the mean over all images of the optimizer's step
                 loss = loss * (len(y) / self.batches.n_images(first, after))
             loss.backward()  # type: ignore[no-untyped-call]
@@ -455,9 +443,7 @@ class Trainer(poutyne.Model):
                 output = network(x).float()
         else:
             output = network(x)
-        loss = self.loss.of(output, y, n)
-        self.metrics.update(output.detach(), y, n)
-        return loss, (), None
+        return self.sums.update(output, y, n), (), None
 
 
 # --- commits --------------------------------------------------------------------------------------
@@ -529,13 +515,11 @@ class Commits(poutyne.Callback):
             self._commit(self._pending())
             self.run.write_config()
 
-    def on_backward_end(self, batch_number: int) -> None:
-        self.at.lr = self.trainer.optimizer.param_groups[0]["lr"]  # of this step; schedules come after
-
     def on_train_batch_end(self, batch_number: int, logs: dict[str, Any]) -> None:
         at = self.at
         at.step += 1
         at.total_steps += 1
+        at.lr = self.trainer.optimizer.param_groups[0]["lr"]
         self.run.beat(at.total_steps)
         is_last = at.step == self.trainer.batches.n_batches
         if is_last or at.step % self.log_every == 0:
@@ -544,9 +528,9 @@ class Commits(poutyne.Callback):
                 self.tensorboard.add("step", {"loss": float(losses.mean())}, at.total_steps)
         if is_last:
             self.train_end = time.perf_counter()
-            networks = dict.fromkeys((self.trainer.network, self.trainer.shown))
-            self.team.copy_first([b for n in networks for b in n.buffers()])  # without sync_batch_norm each has its own
-            self.trainer.metrics.feed()
+            # Without sync_batch_norm each process has its own.
+            self.team.copy_first([*self.trainer.network.buffers(), *self.trainer.shown.buffers()])
+            self.trainer.sums.feed()
             self.at_train_end = self._pending()
         if self.trainer.updated:  # never inside an accumulation
             self._commit_if_due()
@@ -591,7 +575,7 @@ class Commits(poutyne.Callback):
 
     def _losses(self) -> Tensor:
         """The epoch's losses [steps], on the CPU. Raises Failed at the first that is not finite."""
-        losses = self.trainer.loss.read()
+        losses = self.trainer.sums.losses()
         if len(bad := (~losses.isfinite()).nonzero()):
             step = int(bad[0])
             raise Failed(f"the loss is {losses[step].item()} at epoch {self.at.epoch + 1}, step {step + 1}: {ADVICE}")
@@ -600,8 +584,7 @@ class Commits(poutyne.Callback):
     def _pending(self) -> dict[str, Any]:
         """What an epoch under way has gathered, and our random numbers' state: a commit collects those of all."""
         self._losses()  # all finite
-        loss, metrics = self.trainer.loss.pending(), self.trainer.metrics.pending()
-        return {"loss": loss, "metrics": metrics, "rng": get_rng(self.loop.place)}
+        return {"sums": self.trainer.sums.pending(), "rng": get_rng(self.loop.place)}
 
     def _commit_if_due(self) -> None:
         at = self.at
@@ -615,11 +598,10 @@ class Commits(poutyne.Callback):
             # During validation the sums are those of the valid split: take what the training left.
             self._commit(self.at_train_end or self._pending())
         if is_stop:
-            where = f"in epoch {at.epoch + 1}, after step {at.step}"
-            where = f" {where}; all is saved: go on with training_loop.reload=True"
+            place, advice = f"in epoch {at.epoch + 1}, after step {at.step}", "go on with training_loop.reload=True"
             self.stop.signal = signal
-            self.stop.raise_if_asked(where)
-            raise Stopped(f"stopped by stop_at{where}", 0)
+            self.stop.raise_if_asked(f" {place}; all is saved: {advice}")
+            raise Stopped(f"stopped by stop_at {place}; all is saved: {advice}", 0)
 
     def _commit(self, pending: Mapping[str, Any]) -> None:
         began, trainer = time.perf_counter(), self.trainer
@@ -633,8 +615,7 @@ class Commits(poutyne.Callback):
                 "n_averaged": trainer.n_averaged,
                 "optimizer": trainer.optimizer.state_dict(),
                 "callbacks": [[type(c).__name__, plain(external.state_dict(c))] for c in self.callbacks],
-                "loss": pending["loss"],
-                "metrics": pending["metrics"],
+                "sums": pending["sums"],
                 "rngs": self.team.collect(pending["rng"]),
             }
         )

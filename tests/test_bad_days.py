@@ -590,7 +590,7 @@ REFUSED = {
         "WarmupCosine: warmup_steps = 9 must be below total_steps = 9"
     ),
     "training_loop.metrics=[@Accuracy,@torchmetrics.ConfusionMatrix];torchmetrics.ConfusionMatrix.task='multiclass'": (
-        "the metric confusion_matrix gives 100 numbers: it must be one"
+        "the loss or a metric does not take Acting's output: a Tensor with 100 elements"
     ),
     "training_loop.model=@ResNet18;training_loop.batch_size=1078": "the last batch of an epoch would have one image",
     "training_loop.model=@ResNet18;training_loop.batch_size=1": "the last batch of an epoch would have one image",
