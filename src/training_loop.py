@@ -591,17 +591,19 @@ class Commits(poutyne.Callback):
         is_due = self.due_time is not None and time.monotonic() > self.due_time
         if is_due:
             self.due_time = None  # asked for once; the commit plans the next
-        signal, _, is_due = self.team.agree(self.stop.signal, is_due)
+        signal, rank, is_due = self.team.agree(self.stop.signal, is_due)
         is_stop = signal or at.total_steps >= self.stop_at
         if is_stop or is_due or at.total_steps >= self.due_step:
             at.seconds = self.seconds_before + time.perf_counter() - self.began
             # During validation the sums are those of the valid split: take what the training left.
             self._commit(self.at_train_end or self._pending())
         if is_stop:
-            place, advice = f"in epoch {at.epoch + 1}, after step {at.step}", "go on with training_loop.reload=True"
+            sent = f", sent to rank {rank}," if self.team.size > 1 else ""  # whose machine may be going
+            place, advice = f"epoch {at.epoch + 1}, after step {at.step}", "go on with training_loop.reload=True"
+            where = f"{sent} in {place}; all is saved: {advice}"
             self.stop.signal = signal
-            self.stop.raise_if_asked(f" {place}; all is saved: {advice}")
-            raise Stopped(f"stopped by stop_at {place}; all is saved: {advice}", 0)
+            self.stop.raise_if_asked(where)
+            raise Stopped(f"stopped by stop_at{where}", 0)
 
     def _commit(self, pending: Mapping[str, Any]) -> None:
         began, trainer = time.perf_counter(), self.trainer

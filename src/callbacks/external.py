@@ -53,9 +53,7 @@ def state_dict(callback: poutyne.Callback) -> dict[str, Any]:
         return {k: v for k, v in vars(callback).items() if k in ("wait", "best", "stopped_epoch")}
     is_known = module.startswith("poutyne.") and (name in STATELESS or name.endswith("Logger"))
     if not is_known and not getattr(callback, "stateless", False):
-        advice = (
-            "give it state_dict and load_state_dict, so that a run can go on, or say `stateless = True` in its class"
-        )
+        advice = "give it state_dict and load_state_dict, or say `stateless = True` in its class"
         raise Refused(f"callback {name}: {advice}")
     return {}
 
