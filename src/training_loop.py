@@ -121,7 +121,7 @@ class TrainingLoop:
 
         # All parts, tried in memory.
         self._set_torch()
-        trainer: Trainer = build(self.trainer or Trainer, loop=self)
+        trainer: Trainer = (self.trainer or Trainer)(loop=self)
         callbacks = build_callbacks(trainer)
         print(try_one_batch(trainer))
         if team.size > 1:
@@ -145,7 +145,8 @@ class TrainingLoop:
         # Trained, unless it is done.
         at = Position(**{key: state[key] for key in vars(Position())}) if state else Position()
         first, n_epochs = at.epoch + 1, at.epoch if at.stopped else max(self.n_epochs, at.epoch)
-        print(f"{run.path}: {model_name} on {data.name}, {n} images, {self.place}: epoch {first} of {n_epochs}")
+        left = f"epoch {first} to {n_epochs}" if first <= n_epochs else "nothing is left to train"
+        print(f"{run.path}: {model_name} on {data.name} ({n} images), {self.place}, {left}")
         if first <= n_epochs:
             run.unfinish()
         tensorboard = None
@@ -489,6 +490,7 @@ class Commits(poutyne.Callback):
         # Only now: schedulers are made when training begins, and set the learning rate then.
         if self.at.step == 0:
             self._go_on()
+        self._follow()
 
     def on_epoch_begin(self, epoch_number: int, logs: dict[str, Any]) -> None:
         at, batches = self.at, self.trainer.batches
@@ -510,7 +512,6 @@ class Commits(poutyne.Callback):
                 external.load_state_dict(callback, saved)
         rngs = state["rngs"]  # they differ where each process draws for its rows alone
         set_rng(rngs[self.team.part.rank] if len(rngs) == self.team.size else rngs[0], self.loop.place)
-        self._follow()
         if self.run.changed:  # from now on a commit holds the accepted settings
             self._commit(self._pending())
             self.run.write_config()
@@ -569,8 +570,8 @@ class Commits(poutyne.Callback):
         at, began = self.at, time.perf_counter()
         if at.history:
             self.run.write_history(at.history)
-        if at.step == 0 and at.best["epoch"] == at.epoch:
-            self.run.write_best({"epoch": at.epoch, "network": self.trainer.shown.state_dict()})
+            if at.step == 0 and at.best["epoch"] == at.epoch:
+                self.run.write_best({"epoch": at.epoch, "network": self.trainer.shown.state_dict()})
         self.commit_s += time.perf_counter() - began
 
     def _losses(self) -> Tensor:
