@@ -66,7 +66,7 @@ def train(run: Run | Shadow, stop: StopRequest) -> None:
     run.config.apply()
     team = team_of_environment()
     with team.watching(stop):
-        data = training_loop.training_loop(run, stop, team, **gin.get_bindings("training_loop"))
+        data = training_loop.TrainingLoop(run, stop, team, **gin.get_bindings("training_loop")).train()
     if team.part.rank == 0:
         results.test_once(run.path, data)
 

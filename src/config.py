@@ -22,7 +22,7 @@ from gin import config_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOP = "training_loop"  # the configurable from which all is reached
-LOOP_SUPPLIES = ("input_shape", "n_classes", "params", "parameters", "parts")
+LOOP_SUPPLIES = ("input_shape", "n_classes", "params", "parameters", "loop")
 Register = Callable[[str], None]  # registers a library's part, of this full name, with gin
 LIBRARIES: dict[str, Register] = {}  # by the prefix of the names
 Name = TypeVar("Name", bound=str)  # of a configurable: `name` or `scope/name`, plain or as a Reference

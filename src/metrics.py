@@ -30,7 +30,9 @@ class Accuracy(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """logits: [N, C, ...], labels: [N, ...]."""
+        """logits: [N, C, ...], labels: [N, ...]. Raises ValueError for labels that are no classes."""
+        if labels.is_floating_point():
+            raise ValueError("Accuracy needs classes, but the targets are numbers: set training_loop.metrics to others")
         self.correct += (logits.argmax(dim=1) == labels).sum()
         self.count += labels.numel()
 
@@ -44,113 +46,89 @@ class Accuracy(nn.Module):
         self.count.zero_()
 
 
-class LossList(nn.Module):
-    """The loss, with its values of the epoch: a list of detached tensors, summed once.
+class Sums(nn.Module):
+    """What an epoch has gathered: the loss of each batch, and what the metrics have counted.
 
-    Of several processes each notes its rows' share of a batch's loss; `read` puts the shares together.
+    The losses are a list of detached tensors, read seldom; of several processes each notes its rows' share of them.
+    The metrics are fed every 32 batches on a fixed grid, with the rows of all processes.
     """
 
-    values: list[Tensor]  # not read yet: of our rows, on the device
-    whole: Tensor  # read: of all rows, on the CPU
-    sizes: list[int]
+    values: list[Tensor]  # losses that were not read yet: of our rows, on the device
+    whole: Tensor  # losses that were read: of all rows, on the CPU
+    sizes: list[int]  # images of each batch
+    waiting: list[tuple[Tensor, Tensor]]  # our rows of the batches that the metrics were not fed yet
 
-    def __init__(self, function: nn.Module, team: Team = ALONE) -> None:
+    def __init__(self, loss: nn.Module, metrics: Sequence[nn.Module], team: Team = ALONE) -> None:
         super().__init__()
-        self.function, self.team = function, team
-        self.reset()
-
-    def of(self, output: Tensor, y: Tensor, n: int) -> Tensor:
-        """The loss [] of our rows of a batch of n, which is noted; without a row 0. output, y: [rows, ...]."""
-        has_rows = n >= self.team.size or len(y)  # a tensor's len costs as much as ten comparisons
-        loss: Tensor = self.function(output, y) if has_rows else output.sum()
-        own = loss.detach()
-        self.values.append(own * (len(y) / n) if self.team.size > 1 else own)
-        self.sizes.append(n)
-        return loss
-
-    def read(self, begin: int = 0) -> Tensor:
-        """The values from step `begin` of the epoch on, on the CPU: waits for the device, and for the others."""
-        if self.values:
-            self.whole = torch.cat([self.whole, self.team.total(torch.stack(self.values)).cpu()])
-            self.values = []
-        return self.whole[begin:]
-
-    def compute(self) -> Tensor:
-        """The mean over the epoch's images."""
-        sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        return (self.read().double() * sizes).sum() / sizes.sum()
-
-    def reset(self) -> None:
-        """Forgets the epoch."""
-        self.values, self.whole, self.sizes = [], torch.zeros(0), []
-
-    def pending(self) -> dict[str, Any]:
-        """What a commit inside an epoch keeps."""
-        return {"values": self.read(), "sizes": list(self.sizes)}
-
-    def load_pending(self, pending: Mapping[str, Any]) -> None:
-        """Takes back what `pending` gave."""
-        self.values, self.whole, self.sizes = [], pending["values"], list(pending["sizes"])
-
-
-class MetricList(nn.Module):
-    """The metrics of an epoch, fed every 32 batches on a fixed grid, with the rows of all processes."""
-
-    def __init__(self, metrics: Sequence[nn.Module], team: Team = ALONE) -> None:
-        super().__init__()
-        self.metrics, self.team = nn.ModuleList(metrics), team
+        self.loss, self.metrics, self.team = loss, nn.ModuleList(metrics), team
         self.names = [str(getattr(m, "name", type(m).__name__.lower())) for m in metrics]
         if len(set(self.names)) < len(self.names):
             raise Refused(f"two metrics have one name: {', '.join(self.names)}: give one a scope")
-        self.waiting: list[tuple[Tensor, Tensor]] = []
-        self.sizes: list[int] = []
+        self.reset()
 
-    def update(self, output: Tensor, y: Tensor, n: int) -> None:
-        """Our rows of a batch of n. output: [rows, C, ...], y: [rows, ...]."""
-        self.waiting.append((output, y))
+    def update(self, output: Tensor, y: Tensor, n: int) -> Tensor:
+        """The loss [] of our rows of a batch of n, 0 without a row; all is noted. output, y: [rows, ...]."""
+        has_rows = n >= self.team.size or len(y)  # a tensor's len costs as much as ten comparisons
+        loss: Tensor = self.loss(output, y) if has_rows else output.sum()
+        own = loss.detach()
+        self.values.append(own * (len(y) / n) if self.team.size > 1 else own)
         self.sizes.append(n)
+        self.waiting.append((output.detach(), y))
         if len(self.waiting) == FEED_EVERY:
             self.feed()
-
-    def _whole(self) -> list[list[Tensor]]:
-        """The outputs and the labels of the batches that wait, with the rows of all."""
-        return [self.team.gather(column, self.sizes) for column in zip(*self.waiting, strict=True)]
+        return loss
 
     def feed(self) -> None:
         """Gives the metrics what waits: at each 32nd batch and at the epoch's end."""
         if self.waiting:
-            outputs, labels = map(torch.cat, self._whole())
+            outputs, targets = map(torch.cat, self._gathered())
             for metric in self.metrics:
-                metric.update(outputs, labels)  # type: ignore[operator]
-            self.waiting, self.sizes = [], []
+                metric.update(outputs, targets)  # type: ignore[operator]
+            self.waiting = []
 
-    def compute(self) -> dict[str, Tensor]:
-        """Each metric's value by its name."""
+    def _gathered(self) -> list[list[Tensor]]:
+        """The outputs and the targets of the batches that wait, with the rows of all."""
+        sizes = self.sizes[-len(self.waiting) :]
+        return [self.team.gather(column, sizes) for column in zip(*self.waiting, strict=True)]
+
+    def losses(self) -> Tensor:
+        """The loss of each batch so far [batches], on the CPU: waits for the device, and for the others."""
+        if self.values:
+            self.whole = torch.cat([self.whole, self.team.total(torch.stack(self.values)).cpu()])
+            self.values = []
+        return self.whole
+
+    def mean_loss(self) -> Tensor:
+        """The mean over the epoch's images."""
+        sizes = torch.tensor(self.sizes, dtype=torch.float64)
+        return (self.losses().double() * sizes).sum() / sizes.sum()
+
+    def compute(self) -> dict[str, float]:
+        """Each metric's value by its name. Raises RuntimeError for one that gives several numbers."""
         self.feed()
-        values = [metric.compute() for metric in self.metrics]  # type: ignore[operator]
-        shared: list[Tensor] = self.team.share(values)  # GPUs may differ in the last bit
-        return dict(zip(self.names, shared, strict=True))
+        values = [float(metric.compute()) for metric in self.metrics]  # type: ignore[operator]
+        return dict(zip(self.names, self.team.share(values), strict=True))  # GPUs may differ in the last bit
 
     def reset(self) -> None:
         """Forgets the epoch."""
-        self.waiting, self.sizes = [], []
+        self.values, self.whole, self.sizes, self.waiting = [], torch.zeros(0), [], []
         for metric in self.metrics:
             metric.reset()  # type: ignore[operator]
 
     def pending(self) -> dict[str, Any]:
         """What a commit inside an epoch keeps, with the rows of all processes; on the CPU."""
-        waiting = [(output.cpu(), y.cpu()) for output, y in zip(*self._whole(), strict=True)]
-        return {"metrics": copy.deepcopy(self.metrics.state_dict()), "waiting": waiting}
+        waiting = [(output.cpu(), y.cpu()) for output, y in zip(*self._gathered(), strict=True)]
+        metrics = copy.deepcopy(self.metrics.state_dict())
+        return {"losses": self.losses(), "sizes": list(self.sizes), "metrics": metrics, "waiting": waiting}
 
     def load_pending(self, pending: Mapping[str, Any], device: torch.device) -> None:
         """Takes back our rows of what `pending` gave."""
         self.metrics.load_state_dict(pending["metrics"])
         self.metrics.to(device)  # torchmetrics keeps the tensors it is given, on the CPU
-        self.waiting, self.sizes = [], []
-        for output, y in pending["waiting"]:
-            rows = self.team.part.rows(len(y))
-            self.waiting.append((output[rows].to(device), y[rows].to(device)))
-            self.sizes.append(len(y))
+        self.values, self.whole, self.sizes = [], pending["losses"], list(pending["sizes"])
+        rows = [self.team.part.rows(len(y)) for _, y in pending["waiting"]]
+        batches = zip(rows, pending["waiting"], strict=True)
+        self.waiting = [(output[own].to(device), y[own].to(device)) for own, (output, y) in batches]
 
 
 @library("torchmetrics.")

@@ -293,7 +293,7 @@ def _load(run: str | Path, weights: str) -> tuple["nn.Module", dict[str, Any]]:
     """The network, and what the file of its weights holds."""
     import torch
 
-    from src.training_loop import build, refuse_other_shapes
+    from src.training_loop import build, refusing
 
     file = {"best": "best.pt", "last": "checkpoint.pt"}.get(weights)
     if file is None:
@@ -305,8 +305,8 @@ def _load(run: str | Path, weights: str) -> tuple["nn.Module", dict[str, Any]]:
     shapes = {"input_shape": tuple(data["input_shape"]), "n_classes": data["n_classes"]}
     with _configured(run) as settings, torch.random.fork_rng(devices=[]):
         network: nn.Module = build(settings["model"], **shapes)
-    refuse_other_shapes(state["network"], network, f"{path}: does not fit the model of the code here")
-    network.load_state_dict(state["network"])
+    with refusing(f"{path}: does not fit the model of the code here"):
+        network.load_state_dict(state["network"])
     return network.eval(), state
 
 
@@ -321,7 +321,7 @@ def evaluate(
     import torch
 
     from src.data.dataset import Batches
-    from src.metrics import LossList, MetricList
+    from src.metrics import Sums
     from src.training_loop import build, find_device, memory_format_of
 
     (network, best), path = _load(run, "best"), Path(run)
@@ -330,8 +330,8 @@ def evaluate(
         data = data or settings["data"]()
         memory_format = memory_format_of(data, settings["channels_last"])
         network.to(place).to(memory_format=memory_format)
-        loss = LossList(build(settings["loss"]).to(place))
-        metrics = MetricList([build(m, n_classes=data.n_classes).to(place) for m in settings["metrics"]])
+        metrics = [build(m, n_classes=data.n_classes).to(place) for m in settings["metrics"]]
+        sums = Sums(build(settings["loss"]).to(place), metrics)
     here, expected = data.fingerprint, read_meta(path)["data"]["fingerprint"]
     if here != expected:
         raise Refused(f"{path}: the data here is not the run's (fingerprint {here[:12]}, not {expected[:12]})")
@@ -340,13 +340,11 @@ def evaluate(
     with torch.inference_mode():
         for x, y in Batches(part, settings["batch_size"], limit=settings["steps_per_epoch"]):
             output = network(x)
-            loss.of(output, y, len(y))
-            metrics.update(output, y, len(y))
+            sums.update(output, y, len(y))
             outputs.append(output)
             targets.append(y)
-    found = {"split": split, "n": sum(loss.sizes), "epoch": best["epoch"]}
-    found |= {"loss": float(loss.compute()), **{name: float(value) for name, value in metrics.compute().items()}}
-    return found, torch.cat(targets), torch.cat(outputs)
+    found = {"split": split, "n": sum(sums.sizes), "epoch": best["epoch"], "loss": float(sums.mean_loss())}
+    return found | sums.compute(), torch.cat(targets), torch.cat(outputs)
 
 
 def test_once(run: Path, data: "Data") -> None:

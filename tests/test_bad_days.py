@@ -287,7 +287,7 @@ def test_accepted_changes_count_and_are_kept(main, capfd):
     assert results.load_history("run")[-1]["lr"] == 0.002
     before = contents(Path("run"))
     assert main("train", "run", "a.gin", *RELOAD, "-b", f"{other};training_loop.model=@MLP;MLP.n_hidden=(9,)") == 2
-    assert "weights do not fit the model as it is now" in capfd.readouterr().err
+    assert "last commit does not fit the settings as they are now: Error" in capfd.readouterr().err
     assert contents(Path("run")) == before
 
 
@@ -590,7 +590,7 @@ REFUSED = {
         "WarmupCosine: warmup_steps = 9 must be below total_steps = 9"
     ),
     "training_loop.metrics=[@Accuracy,@torchmetrics.ConfusionMatrix];torchmetrics.ConfusionMatrix.task='multiclass'": (
-        "the metric confusion_matrix gives 100 numbers: it must be one"
+        "the loss or a metric does not take Acting's output: a Tensor with 100 elements"
     ),
     "training_loop.model=@ResNet18;training_loop.batch_size=1078": "the last batch of an epoch would have one image",
     "training_loop.model=@ResNet18;training_loop.batch_size=1": "the last batch of an epoch would have one image",

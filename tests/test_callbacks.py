@@ -13,7 +13,7 @@ from torch import nn
 
 from src import results, training_loop
 from src.callbacks import LRSchedule, WarmupCosine, external, poutyne
-from src.run import read_checkpoint, read_meta, write_checkpoint
+from src.run import read_checkpoint, write_checkpoint
 
 SMALL = """
 training_loop.data = @digits
@@ -96,16 +96,6 @@ def test_warmup_cosine_is_torchs(warmup, total, final):
         assert rate(model) == pytest.approx(0.1 * final, abs=1e-12)
 
 
-def test_a_schedule_that_ends_before_the_run_is_warned_of(small, main, capfd):
-    settings = "training_loop.callbacks=[@WarmupCosine];WarmupCosine.total_steps={};training_loop.n_epochs=1"
-    for run, steps in (("short", 10), ("whole", 11)):
-        assert main("train", run, small, "-b", settings.format(steps)) == 0
-    assert read_meta(Path("whole"))["warnings"] == []
-    (warning,) = read_meta(Path("short"))["warnings"]
-    assert warning.startswith("WarmupCosine.total_steps = 10, but 1 epochs have 11 optimizer steps")
-    assert warning in capfd.readouterr().err
-
-
 def test_warmup_cosine_at_the_edges():
     factor = WarmupCosine(total_steps=14, warmup_steps=4, final=0.2).factor
     assert [factor(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
@@ -130,7 +120,7 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", external.schedulers())
+@pytest.mark.parametrize("name", external.SCHEDULERS)
 def test_a_scheduler_goes_on_as_if_it_had_not_stopped(name, tmp_path):
     def begin():
         callback = gin.get_configurable(name)(**ARGUMENTS.get(name, {}))

@@ -58,7 +58,10 @@ REFUSED = {
     "open quote": ("run small.gin -b SGD.lr='", "an unclosed bracket or quote"),
     "no epoch": ("run small.gin -b training_loop.n_epochs=0", "n_epochs = 0"),
     "less": ("run small.gin -b training_loop.n_epochs=-1", "must be at least 1"),
-    "large batch": ("run small.gin -b training_loop.batch_size=1080", "only 1079 images"),
+    "large batch": (
+        "run small.gin -b training_loop.batch_size=1080",
+        "digits has 1079 images to train on: give 1 to 1079",
+    ),
     "monitor": ("run small.gin -b training_loop.monitor='val_ac'", "did you mean val_acc?"),
     "callback's monitor": (
         "run small.gin -b training_loop.callbacks=[@EarlyStopping];EarlyStopping.monitor='x'",
@@ -69,7 +72,7 @@ REFUSED = {
     "data": ("run small.gin -b training_loop.data=@digit", "did you mean digits?"),
     "too few outputs": (
         "run small.gin helpers.gin -b training_loop.model=@TooFew",
-        "TooFew gives an output of shape [100, 9]",
+        "TooFew gives an output of shape [100, 9], but it must be [100, 10]",
     ),
     "model of other images": (
         "run small.gin -b training_loop.model=@torchvision.models.squeezenet1_1",
@@ -79,7 +82,10 @@ REFUSED = {
         "run small.gin helpers.gin -b training_loop.model=@FiveByFive",
         "FiveByFive does not take a batch of shape [100, 1, 8, 8]: ",
     ),
-    "loss": ("run small.gin -b training_loop.loss=@PoissonNLLLoss", "the loss does not take SimpleCNN's output"),
+    "loss": (
+        "run small.gin -b training_loop.loss=@PoissonNLLLoss",
+        "the loss or a metric does not take SimpleCNN's output",
+    ),
     "init without run": ("run small.gin -b training_loop.init_from='no'", "there is no no/best.pt"),
     "device": ("run small.gin -b training_loop.device='tpu9'", "device = 'tpu9'"),
     "n_train": ("run small.gin -b digits.n_train=2000", "n_train = 2000"),
@@ -121,7 +127,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_not_touched(place, main, capfd
     other = ("other", "small.gin", "-b", "SimpleCNN.n_dense=8;training_loop.init_from='run'")
     assert main("train", *other) == 2
     errors = capfd.readouterr().err
-    assert "classifier.1.weight: [16, 32] there, [8, 32] here" in errors
+    assert "size mismatch for classifier.1.weight" in errors and "[16, 32]" in errors and "[8, 32]" in errors
     assert contents(place) == before
 
 

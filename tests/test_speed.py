@@ -127,7 +127,8 @@ def test_the_average_is_what_is_shown(main):
 def test_the_average_forgets_the_random_weights_of_the_beginning():
     network = nn.Linear(1, 1, bias=False)
     nn.init.constant_(network.weight, 100.0)
-    trainer = SimpleNamespace(network=network, averaged=copy.deepcopy(network), ema_decay=0.999, n_averaged=0)
+    loop = SimpleNamespace(ema_decay=0.999)
+    trainer = SimpleNamespace(network=network, averaged=copy.deepcopy(network), loop=loop, n_averaged=0)
     nn.init.constant_(network.weight, 1.0)
     for _ in range(100):
         Trainer._average(trainer)

@@ -1,8 +1,4 @@
-"""Callbacks (Poutyne's): LRSchedule, WarmupCosine, EarlyStopping, and torch's LR schedulers by their
-names, stepped at the end of an epoch.
-
-A callback has `state_dict` and `load_state_dict`, or says `stateless = True`.
-"""
+"""Callbacks (Poutyne's). Each has `state_dict` and `load_state_dict`, or says `stateless = True`."""
 
 import sys
 

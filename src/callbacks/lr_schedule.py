@@ -9,10 +9,8 @@ from poutyne import Callback
 class LRSchedule(Callback):
     """Piecewise constant learning rate: a function of the epoch alone.
 
-    base_lr: learning rate that the factors multiply; None: the optimizer's own.
-    schedule: pairs [last epoch, factor] in rising order: [[2, 1.0], [10, 0.1]] gives base_lr in
-    epochs 1 and 2, a tenth of it in 3 to 10, and the last factor after that.
-    Raises ValueError if the epochs do not rise.
+    base_lr: learning rate that the factors multiply; None: the optimizer's own. schedule: pairs [last epoch, factor] in
+    rising order: [[2, 1.0], [10, 0.1]] gives base_lr in epochs 1 and 2, and a tenth of it from then on.
     """
 
     stateless = True

@@ -4,6 +4,7 @@ import os
 import select
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from poutyne import Callback
@@ -16,14 +17,12 @@ NOT_METRICS = ("epoch", "time", "lr", "images_per_s", "data_wait", "commit_s", "
 class Progress(Callback):
     """Prints a line at the end of each epoch; draws a bar meanwhile where there is a terminal.
 
-    terminal: file descriptor that the bar is drawn on, or None. batches: those of training, of batch_size images.
+    terminal: file descriptor that the bar is drawn on, or None. batches: those of training.
     """
 
-    stateless = True
-
-    def __init__(self, terminal: int | None, batches: Any, batch_size: int) -> None:
+    def __init__(self, terminal: int | None, batches: Any) -> None:
         super().__init__()
-        self.terminal, self.batches, self.batch_size = terminal, batches, batch_size
+        self.terminal, self.batches = terminal, batches
         self.warned = False
 
     def on_epoch_begin(self, epoch_number: int, logs: dict[str, Any]) -> None:
@@ -38,31 +37,25 @@ class Progress(Callback):
         done, of = self.batches.start + batch_number, self.batches.n_batches
         speed = batch_number / (now - self.began)
         bar = ("█" * (BAR_WIDTH * done // of)).ljust(BAR_WIDTH, "░")
-        images_per_s, left = speed * self.batch_size, clock((of - done) / speed)
+        images_per_s, left = speed * self.batches.batch_size, clock((of - done) / speed)
         self._draw(f"{self.title} {bar} {done}/{of}  {images_per_s:,.0f} images/s  {left} left")
 
     def on_valid_begin(self, logs: dict[str, Any]) -> None:
         self._draw(f"{self.title} validation")
 
     def _draw(self, text: str) -> None:
-        if self.terminal is None:
-            return
-        try:
-            if not select.select([], [self.terminal], [], 0)[1]:
-                return  # held by Ctrl-S, or nobody reads: the run would wait for it
-            width = os.get_terminal_size(self.terminal).columns or 80
-            os.write(self.terminal, f"\r\x1b[K{text[: width - 1]}".encode())
-        except OSError:  # the terminal is gone; the run goes on
-            self.terminal = None
+        with suppress(OSError):  # the terminal is gone; the run goes on
+            # Not where it is held by Ctrl-S: the run would wait for it.
+            if self.terminal is not None and select.select([], [self.terminal], [], 0)[1]:
+                width = os.get_terminal_size(self.terminal).columns or 80
+                os.write(self.terminal, f"\r\x1b[K{text[: width - 1]}".encode())
 
     def on_epoch_end(self, epoch_number: int, logs: Mapping[str, float]) -> None:
         self._draw("")
         if logs["data_wait"] > 0.2 and logs["time"] > 1 and not self.warned:
             self.warned = True
-            print(
-                f"{logs['data_wait']:.0%} of the training time waits for data: raise training_loop.n_workers, give the "
-                "run more cores, or store the data smaller"
-            )
+            advice = "raise training_loop.n_workers, give the run more cores, or store the data smaller"
+            print(f"{logs['data_wait']:.0%} of the training time waits for data: {advice}")
         took, left = clock(logs["time"]), clock((self.params["epochs"] - epoch_number) * logs["time"])
         values = "  ".join(f"{k} {v:.4g}" for k, v in logs.items() if k not in NOT_METRICS)
         print(f"{self.title}  {values}  lr {logs['lr']:.3g}  {logs['images_per_s']:,.0f} images/s  {took}, {left} left")
@@ -71,5 +64,4 @@ class Progress(Callback):
 def clock(seconds: float) -> str:
     """h:mm:ss, or m:ss below an hour."""
     minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

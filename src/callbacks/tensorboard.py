@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -16,23 +17,23 @@ from src.callbacks.progress import NOT_METRICS
 
 
 class TensorBoard(Callback):
-    """Each column of history.csv by epoch, the loss by step, the config as text, the hparams.
+    """Each column of history.csv by epoch, the loss by step, the config as text, the settings as hparams.
 
     Stands behind the commit in the list of callbacks: a point is written for committed epochs only,
-    once, also when the run was killed and continued.
-
-    folder: the run's; its event files are looked through for what was written before. history: the committed epochs.
-    config: the run's, as text. settings: shown as hparams.
+    once, also when the run was killed and continued: the event files in `folder` say what was written before.
     """
 
-    stateless = True
-
     def __init__(
-        self, folder: Path, history: Sequence[Mapping[str, float]], config: str, settings: dict[str, bool | float | str]
+        self, folder: Path, history: Sequence[Mapping[str, float]], config: str, settings: Mapping[str, str]
     ) -> None:
         super().__init__()
         self.folder, self.settings = folder, settings
-        self.written = _written(folder)
+        self.written: set[tuple[str, int]] = set()  # tag and step of each point
+        for file in folder.glob("events.out.tfevents.*"):
+            from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+            for event in LegacyEventFileLoader(str(file)).Load():
+                self.written |= {(value.tag, event.step) for value in event.summary.value}
         self._write(text("config", "    " + config.replace("\n", "\n    ")), 0)  # type: ignore[no-untyped-call]
         for row in history:
             self.on_epoch_end(int(row["epoch"]), row)
@@ -51,31 +52,21 @@ class TensorBoard(Callback):
         if self.written.isdisjoint((value.tag, step) for value in summary.value):
             self._records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
 
-    def _add(self, kind: str, row: Mapping[str, float], step: int) -> None:
+    def add(self, kind: str, row: Mapping[str, float], step: int) -> None:
+        """The row's values as the points `kind/column` of a step, or of an epoch."""
         points = [Summary.Value(tag=f"{kind}/{k}", simple_value=v) for k, v in row.items() if k != "epoch"]
         self._write(Summary(value=points), step)
 
-    def add_loss(self, step: int, loss: float) -> None:
-        """The mean loss of the steps up to `step`, counted over the whole run."""
-        self._add("step", {"loss": loss}, step)
-
     def on_epoch_end(self, epoch_number: int, logs: Mapping[str, float]) -> None:
-        self._add("epoch", logs, epoch_number)
+        self.add("epoch", logs, epoch_number)
 
     def finish(self, row: Mapping[str, float]) -> None:
         """Writes the hparams with the metrics of the last epoch."""
+        settings: dict[str, str | float] = dict(self.settings)
+        for key, value in self.settings.items():
+            with suppress(ValueError):
+                settings[key] = float(value)
         metrics = {f"final/{name}": value for name, value in row.items() if name not in NOT_METRICS}
-        for summary in hparams(self.settings, metrics):  # type: ignore[no-untyped-call]
+        for summary in hparams(settings, metrics):  # type: ignore[no-untyped-call]
             self._write(summary, 0)
-        self._add("final", row, int(row["epoch"]))
-
-
-def _written(folder: Path) -> set[tuple[str, int]]:
-    """Tag and step of each point in the folder's event files."""
-    points = set()
-    for file in folder.glob("events.out.tfevents.*"):
-        from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-
-        for event in LegacyEventFileLoader(str(file)).Load():
-            points |= {(value.tag, event.step) for value in event.summary.value}
-    return points
+        self.add("final", row, int(row["epoch"]))

@@ -9,9 +9,8 @@ from poutyne import Callback
 class WarmupCosine(Callback):
     """Linear warm-up to the optimizer's own learning rate, then half a cosine down, by optimizer steps.
 
-    total_steps: the horizon. It is no function of n_epochs, so that a run that trains longer is still
-    the same run; after it the rate stays where it is. warmup_steps: those of the warm-up, a part of total_steps.
-    final: the last rate as a share of the optimizer's. Raises ValueError if warmup_steps is not below total_steps.
+    total_steps: the horizon, those of the warm-up included; after it the rate stays where it is. It does not depend on
+    n_epochs: a run that trains longer is the same run. final: the last rate as a share of the optimizer's.
     Source: Loshchilov and Hutter 2017, SGDR, eq. 5; the warm-up: Goyal et al. 2017, section 2.2.
     """
 
