@@ -41,8 +41,7 @@ def main(argv: list[str]) -> int:
         return 2
     run.output = Output(rank)
     run.profile = arguments.profile and rank == 0
-    stop = StopRequest()
-    status, code, message = "finished", 0, ""
+    stop, status, code, message = StopRequest(), "finished", 0, ""
     try:
         train(run, stop)
         stop.ignore()

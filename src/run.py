@@ -101,12 +101,9 @@ class Run:
                     shutil.rmtree(self.path)
                 reason = f"this file system has no locks ({error.strerror})"
                 raise Refused(f"{self.path}: {reason}: choose a folder on another one") from None
-        raise self._in_use()
-
-    def _in_use(self) -> Refused:
         start = read_meta(self.path)["starts"][-1] if (self.path / "meta.json").exists() else {}
         owner = f"process {start['pid']} on {start['host']}" if start else "another process"
-        return Refused(f"{self.path}: {owner} is writing to this run: wait for it, or choose another folder")
+        raise Refused(f"{self.path}: {owner} is writing to this run: wait for it, or choose another folder")
 
     @property
     def has_commit(self) -> bool:
@@ -140,10 +137,9 @@ class Run:
             lines = [title, *(f"{key}: {change}" for key, change in self.changed.items())]
             advice = "use the old ones, start a new run in another folder, or take the new ones with "
             raise Refused("\n  ".join(lines) + f"\n{advice}training_loop.accept_changes=True")
-        n_before, n_epochs = (int(flat["training_loop.n_epochs"]) for flat in (old, new))
-        if self.is_pruned and n_epochs > n_before:
-            advice = f"training_loop.init_from='{self.path}' starts a new one from its best weights"
-            raise Refused(f"{self.path}: the run's checkpoints were deleted: it ends at epoch {n_before}; {advice}")
+        if self.is_pruned and int(new["training_loop.n_epochs"]) > int(old["training_loop.n_epochs"]):
+            advice = f"training_loop.init_from='{self.path}' starts a new run from its best weights"
+            raise Refused(f"{self.path}: the run's checkpoints were deleted, it cannot go on: {advice}")
 
     # --- open and close
 
@@ -156,21 +152,21 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
             if os.listdir(self.path) != ["HEARTBEAT"]:
-                raise self._in_use()
+                raise Refused(f"{self.path}: another process is writing to this run, or has just done so")
         if not self.has_commit:
             return None
         last, previous = self.path / "checkpoint.pt", self.path / "checkpoint.prev.pt"
         try:
             return read_checkpoint(last)
         except Damaged as damage:
-            try:
-                state = read_checkpoint(previous)
-            except Damaged:
-                advice = "best.pt holds the best weights (training_loop.init_from starts a new run from them)"
-                raise Refused(f"{self.path}: checkpoint.pt and checkpoint.prev.pt are damaged: {advice}") from None
             self.warn(f"{damage}: going back to the commit before")
-            os.replace(previous, last)
-            return state
+        try:
+            state = read_checkpoint(previous)
+        except Damaged:
+            advice = "best.pt holds the best weights (training_loop.init_from starts a new run from them)"
+            raise Refused(f"{self.path}: checkpoint.pt and checkpoint.prev.pt are damaged: {advice}") from None
+        os.replace(previous, last)
+        return state
 
     def record(self, state: Mapping[str, Any] | None, facts: Mapping[str, Any], start: Mapping[str, Any]) -> None:
         """Writes down what runs from now on, from the commit `state`; `facts` and `start` go into meta.json."""
@@ -241,6 +237,10 @@ class Run:
             os.close(self._heartbeat)
             OWN.discard(self.path.resolve())
         self.output.close()
+        if (rank := self.output.rank) and message:  # what the first cannot say on the terminal:
+            is_own = "Traceback" in message or "rank 0 (process" in message  # a bug here, the end of the first,
+            if is_own or (exit_code == 2 and os.environ["LOCAL_RANK"] == "0"):  # a refusal on another machine
+                print(f"rank {rank}: {message.rstrip()}", file=sys.stderr)
         return exit_code
 
     def warn(self, message: str) -> None:
@@ -270,8 +270,8 @@ class Run:
     def why_lost(self, error: BaseException) -> str | None:
         """What to tell if the folder cannot be written to any more, or a worker was killed; None for another error."""
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-            advice = "by whoever needed its memory, as a rule: try a smaller training_loop.n_workers"
-            return f"a process that reads the data was killed, {advice} ({str(error).splitlines()[0]})"
+            advice = "try a smaller training_loop.n_workers, which takes less memory"
+            return f"a process that reads the data was killed: {advice} ({str(error).splitlines()[0]})"
         if not isinstance(error, OSError):
             return None
         is_ours = Path(str(error.filename)).resolve().is_relative_to(self.path.resolve())
@@ -320,16 +320,6 @@ class Shadow(Run):
         """From now on what is printed goes into the folder."""
         self.path.mkdir(parents=True, exist_ok=True)  # on another machine it may not be seen
         self.output.move_to(self.path)
-
-    def close(self, status: str, exit_code: int, message: str) -> int:
-        """Returns the exit code. On the terminal it says what the first cannot: a bug here, a refusal on another
-        machine, the end of the first.
-        """
-        super().close(status, exit_code, message)
-        is_ours = "Traceback" in message or "rank 0 (process" in message
-        if is_ours or (exit_code == 2 and os.environ.get("LOCAL_RANK") == "0"):
-            print(f"rank {self.output.rank}: {message.rstrip()}", file=sys.stderr)
-        return exit_code
 
 
 # --- files of a folder ----------------------------------------------------------------------------

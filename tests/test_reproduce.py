@@ -114,8 +114,8 @@ def test_a_damaged_or_hostile_archive_is_refused_and_nothing_written(small, main
     checksum = bytes([*whole[:-8], whole[-8] ^ 1, *whole[-7:]])
     links = (archive_with("link", tarfile.SYMTYPE), archive_with("link", tarfile.LNKTYPE))
     cases = [(content, "cannot be read") for content in (b"", b"text", whole[:-1], whole[: len(whole) // 2], checksum)]
-    cases += [(archive_with(name), "is no file inside") for name in ("../../new.py", f"{tmp_path}/new.py")]
-    cases += [(content, "link is no plain file") for content in links]
+    cases += [(archive_with(name), "is no plain file inside") for name in ("../../new.py", f"{tmp_path}/new.py")]
+    cases += [(content, "link is no plain file inside") for content in links]
     for content, message in cases:
         archive.write_bytes(content)
         assert main("reproduce", "run", "new") == 2
