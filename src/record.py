@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -124,11 +123,11 @@ def copy_configs(files: Sequence[Path], folder: Path) -> None:
     """The input configs as they were; another file of the same name gets a number."""
     folder.mkdir(exist_ok=True)
     for file in files:
-        target, number = folder / file.name, 1
-        while target.exists() and target.read_bytes() != file.read_bytes():
+        target, content, number = folder / file.name, file.read_bytes(), 1
+        while target.exists() and target.read_bytes() != content:
             number += 1
             target = folder / f"{file.stem}.{number}{file.suffix}"
-        shutil.copyfile(file, target)
+        target.write_bytes(content)
 
 
 def environment() -> str:

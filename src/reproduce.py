@@ -57,6 +57,7 @@ def parts_of(starts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     for start in starts:
         while parts and parts[-1]["total_steps"] >= start["total_steps"]:  # killed before it had committed a step
             parts.pop()
+        start = {**(parts[-1] if parts else {}), **start}  # older runs leave out what has not changed
         if not parts or any(parts[-1][key] != start[key] for key in ("config", "code", "processes")):
             parts.append(start)
     return parts

@@ -58,7 +58,7 @@ class Run:
     def __init__(self, path: str | Path, settings: Settings, command: Sequence[str]) -> None:
         self.path, self.settings, self.command = Path(path), settings, command
         self.meta: dict[str, Any] = {"starts": [], "warnings": []}  # meta.json
-        self.changed: dict[str, str] = {}  # settings, and "data", that differ from the run's: "old -> new"
+        self.changed: dict[str, str] = {}  # settings, or "data", that are not as they were: "name: old -> new"
         self._is_recorded = False
         self._heartbeat = -1  # the descriptor of HEARTBEAT, which is locked
         self._beat_at = -math.inf
@@ -121,20 +121,19 @@ class Run:
         Raises Refused when a difference would change what is computed (with `accept` it is warned of and recorded
         instead), or when a finished run whose checkpoints were deleted is to have more epochs.
         """
+        from src.results import changes  # which needs this module
+
         if not self.has_commit and not self.is_pruned:
             return
-        both = self.meta["data"], data
-        if both[0]["fingerprint"] != data["fingerprint"]:
-            self.changed["data"] = " -> ".join(f"{d['name']} (fingerprint {d['fingerprint'][:12]})" for d in both)
         old, new = read_flat(self.path / "config.gin"), self.config.flat()
-        for key in sorted(old.keys() | new.keys()):
+        for flat, found in ((old, self.meta["data"]), (new, data)):
+            flat["data"] = f"{found['name']} (fingerprint {found['fingerprint'][:12]})"
+        for key, line in changes(old, new).items():
             # What only the code's defaults have added is the code's change, which is recorded as such.
-            counts = key not in FREE and (key in old or self.settings.binds(key))
-            if counts and old.get(key) != new.get(key):
-                self.changed[key] = f"{old.get(key, '(not set)')} -> {new.get(key, '(not set)')}"
+            if key not in FREE and (key in old or self.settings.binds(key)):
+                self.changed[key] = line
         if self.changed and not accept:
-            title = f"{self.path}: holds a run with other settings (old -> new):"
-            lines = [title, *(f"{key}: {change}" for key, change in self.changed.items())]
+            lines = [f"{self.path}: holds a run with other settings (old -> new):", *self.changed.values()]
             advice = "use the old ones, start a new run in another folder, or take the new ones with "
             raise Refused("\n  ".join(lines) + f"\n{advice}training_loop.accept_changes=True")
         if self.is_pruned and int(new["training_loop.n_epochs"]) > int(old["training_loop.n_epochs"]):
@@ -173,10 +172,12 @@ class Run:
         begin = {key: state[key] if state else 0 for key in ("epoch", "step", "total_steps")}
         self.beat(begin["total_steps"])
         self.output.move_to(self.path)
+        if not state:  # what was killed before its first commit leaves its starts alone
+            self.meta = {"starts": self.meta["starts"], "warnings": self.meta["warnings"]}
         meta, now, number = self.meta, timestamp(), len(self.meta["starts"]) + 1
         self._settle(state)
-        for key, change in self.changed.items():
-            self.warn(f"the run goes on with another setting: {key}: {change}")
+        for change in self.changed.values():
+            self.warn(f"the run goes on with another setting: {change}")
         code = record.code_files()
         files = record.changed_files(code, self.path / meta["code"]) if state else []
         if files:
@@ -239,7 +240,7 @@ class Run:
         self.output.close()
         if (rank := self.output.rank) and message:  # what the first cannot say on the terminal:
             is_own = "Traceback" in message or "rank 0 (process" in message  # a bug here, the end of the first,
-            if is_own or (exit_code == 2 and os.environ["LOCAL_RANK"] == "0"):  # a refusal on another machine
+            if is_own or (exit_code == 2 and os.environ.get("LOCAL_RANK") == "0"):  # a refusal on another machine
                 print(f"rank {rank}: {message.rstrip()}", file=sys.stderr)
         return exit_code
 
@@ -314,7 +315,7 @@ class Shadow(Run):
         """The first does it."""
 
     _look = refuse_changes = open = warn = beat = commit = _ignore
-    write_config = write_history = write_best = unfinish = _ignore
+    write_config = write_history = write_best = unfinish = why_lost = _ignore
 
     def record(self, *_: Any) -> None:
         """From now on what is printed goes into the folder."""
@@ -365,8 +366,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")
     except Exception as error:  # of all kinds; torch's own advice in it is to run what the file holds
-        what = f"it holds more than tensors, numbers, strings and lists ({type(error).__name__}); nothing of it was run"
-        raise Damaged(f"{path}: is no checkpoint of this project: {what}") from None
+        kind = type(error).__name__
+        raise Damaged(f"{path}: is no checkpoint of this project ({kind}); nothing in it was run") from None
     return state
 
 
