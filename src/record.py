@@ -91,8 +91,9 @@ def read_archive(path: Path) -> dict[str, bytes]:
         content = gzip.decompress(path.read_bytes())  # all of it first: its checksum stands at the end
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
             for member in tar:
-                file, name = tar.extractfile(member), Path(member.name)
-                if not member.isreg() or not file or name.is_absolute() or ".." in name.parts:
+                name = Path(member.name)
+                file = tar.extractfile(member) if member.isreg() else None
+                if not file or name.is_absolute() or ".." in name.parts:
                     raise tarfile.TarError(f"{name} is no plain file inside of its folder")
                 files[member.name] = file.read()
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
