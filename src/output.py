@@ -8,6 +8,7 @@ it may block or die without effect on the run.
 import contextlib
 import ctypes
 import faulthandler
+import io
 import os
 import select
 import shutil
@@ -33,17 +34,16 @@ class Output:
         while (spare := os.open(os.devnull, os.O_RDWR)) < 3:  # the caller closed it: `bin/train.py ... >&-`
             pass
         os.close(spare)
-        sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-        sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+        sys.stdout = sys.stdout or open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+        sys.stderr = sys.stderr or open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         faulthandler.enable(2)  # a crash in C says where it was
         self._saved = [os.dup(descriptor) for descriptor in (1, 2)]
         self.rank = rank
         self.terminal = self._saved[1] if os.isatty(self._saved[1]) and rank == 0 else None
         self._files: list[Any] = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]  # noqa: SIM115
-        # Python and C buffer whole blocks on files: after a kill the last lines would be missing.
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(line_buffering=True)
+        # Python and C buffer whole blocks of stdout on files: after a kill the last lines would be missing.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)
         name = "__stdoutp" if sys.platform == "darwin" else "stdout"
         C.setvbuf(ctypes.c_void_p.in_dll(C, name), None, 1, 0)  # 1: _IOLBF
         self._collect()

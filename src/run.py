@@ -58,6 +58,8 @@ class Run:
     def __init__(self, path: str | Path, settings: Settings, command: Sequence[str]) -> None:
         self.path, self.settings, self.command = Path(path), settings, command
         self.meta: dict[str, Any] = {"starts": [], "warnings": []}  # meta.json
+        self.has_commit = False  # whether there is something to go on from
+        self.is_pruned = False  # whether the run has finished, and its checkpoints were deleted since
         self.changed: dict[str, str] = {}  # settings, or "data", that are not as they were: "name: old -> new"
         self._is_recorded = False
         self._heartbeat = -1  # the descriptor of HEARTBEAT, which is locked
@@ -83,8 +85,11 @@ class Run:
             advice = 'continue it with -b "training_loop.reload=True", or remove the folder'
             raise Refused(f"{path}: holds a run already: {advice}")
         self._lock()
+        names = os.listdir(path)  # as it stays from here on
         if "meta.json" in names:
             self.meta = read_meta(path)
+        self.has_commit = "checkpoint.pt" in names or "checkpoint.prev.pt" in names
+        self.is_pruned = "FINISHED" in names and not self.has_commit
 
     def _lock(self) -> None:
         # A POSIX lock belongs to the process alone: it dies with it, and no child keeps it alive.
@@ -105,16 +110,6 @@ class Run:
         owner = f"process {start['pid']} on {start['host']}" if start else "another process"
         raise Refused(f"{self.path}: {owner} is writing to this run: wait for it, or choose another folder")
 
-    @property
-    def has_commit(self) -> bool:
-        """Whether there is something to go on from."""
-        return any((self.path / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt"))
-
-    @property
-    def is_pruned(self) -> bool:
-        """Whether the run has finished, and its checkpoints were deleted since."""
-        return (self.path / "FINISHED").exists() and not self.has_commit
-
     def refuse_changes(self, data: Mapping[str, Any], *, accept: bool) -> None:
         """Compares settings and data with those of the folder's run.
 
@@ -123,7 +118,7 @@ class Run:
         """
         from src.results import changes  # which needs this module
 
-        if not self.has_commit and not self.is_pruned:
+        if not (self.has_commit or self.is_pruned):
             return
         old, new = read_flat(self.path / "config.gin"), self.config.flat()
         for flat, found in ((old, self.meta["data"]), (new, data)):
@@ -187,8 +182,13 @@ class Run:
             write(self.path / meta["code"], record.code_archive(code))
             with open(self.path / "git.txt", "a", encoding="utf-8") as file:
                 file.write(f"# start {number}\n{record.git_state()}")
-        entry = {"start": now, "stop": None, "status": "running", "exit": None, **begin, **start, **_machine()}
-        meta["starts"].append(entry | {"code": meta["code"], "config": self.config.text()})
+        entry = {
+            "start": now, "stop": None, "status": "running", "exit": None, **begin, **start,
+            "host": socket.gethostname(), "pid": os.getpid(), "platform": platform.platform(terse=True),
+            "python": platform.python_version(), "versions": {name: metadata.version(name) for name in PACKAGES},
+            "code": meta["code"], "config": self.config.text(),
+        }  # fmt: skip
+        meta["starts"].append(entry)
         meta |= {"status": "running", "exit": None, **facts}
         self._is_recorded = True
         if not self.changed:  # else config.gin says it once a commit holds it
@@ -408,14 +408,3 @@ def write(path: Path, content: str | bytes | memoryview, previous: Path | None =
 def timestamp() -> str:
     """Now, in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _machine() -> dict[str, Any]:
-    """What a start runs on, but for the device."""
-    return {
-        "platform": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-    }
