@@ -95,7 +95,8 @@ class Output:
         for descriptor, saved in zip((1, 2), self._saved, strict=True):
             os.dup2(saved, descriptor)
         if self.rank == 0:
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # it may be dead, or blocked
+            # It may be dead, blocked or, after an error in move_to, stopped already.
+            with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
                 self._follower.communicate(b"stop", timeout=2)
 
     def _breakpoint(self, *_: Any, **__: Any) -> None:
