@@ -72,7 +72,7 @@ def test_cnn_takes_what_can_be_had_and_the_record_names_it(cifar, main, capfd):
     shutil.move("kept", data_dir())
     assert main("train", "offline", *quick, "-b", cifar, *more) == 2
     assert "training_loop.data: @digits -> @cifar10" in capfd.readouterr().err
-    assert main("train", "offline", *quick, *more, "-b", said[4:-1]) == 0
+    assert main("train", "offline", *quick, *more, "-b", "training_loop.data=@digits") == 0
 
 
 @pytest.mark.slow
