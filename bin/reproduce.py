@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from src.config import Failed, Refused
-from src.reproduce import differing_surroundings, reproduce
-from src.results import first_difference
+from src.reproduce import reproduce, surroundings
+from src.results import changes, first_difference
 
 
 def main(argv: list[str]) -> int:
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     except (Refused, Failed) as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
         return error.exit_code
-    for what in differing_surroundings(run, new):
+    for what in changes(surroundings(run), surroundings(new)).values():
         print(f"warning: not as it was: {what}", file=sys.stderr)
     found = first_difference(run, new)
     print(f"{run}, {new}: {found or 'identical'}")

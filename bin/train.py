@@ -34,15 +34,14 @@ def main(argv: list[str]) -> int:
     rank = int(os.environ.get("RANK", 0))  # torchrun sets it
     try:
         settings = config.read(arguments.config, arguments.bindings)
-        run = Shadow(arguments.run_dir, settings, rank) if rank else Run(arguments.run_dir, settings, argv)
-    except config.Refused as refusal:
+        run = (Shadow if rank else Run)(arguments.run_dir, settings, argv)
+    except (config.Refused, OSError) as refusal:  # the latter: the folder cannot be looked at
         if rank == 0:
-            print(f"train.py: {refusal.message}", file=sys.stderr)
-        return refusal.exit_code
+            print(f"train.py: {refusal}", file=sys.stderr)
+        return 2
     run.output = Output(rank)
     run.profile = arguments.profile and rank == 0
-    stop = StopRequest()
-    status, code, message = "finished", 0, ""
+    stop, status, code, message = StopRequest(), "finished", 0, ""
     try:
         train(run, stop)
         stop.ignore()
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> int:
     return run.close(status, code, message)
 
 
-def train(run: Run | Shadow, stop: StopRequest) -> None:
+def train(run: Run, stop: StopRequest) -> None:
     import gin
 
     from src import results, training_loop

@@ -10,11 +10,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-
-def _go_on_as_asked() -> None:
-    script = Path(sys.argv[0])
-    if script.resolve().parent != Path(__file__).resolve().parents[1] / "bin":
-        return
+script = Path(sys.argv[0])
+if script.resolve().parent == Path(__file__).resolve().parents[1] / "bin":
     # Taken out: neither the script as it goes on nor a process of its own does it again.
     code, starter = (os.environ.pop(name, "") for name in ("FROZEN_CODE", "TRAIN_STARTER"))
     command = shlex.split(starter) if script.name == "train.py" else []
@@ -22,9 +19,6 @@ def _go_on_as_asked() -> None:
         command = command or [sys.executable, *sys.orig_argv[1 : -len(sys.argv)]]  # with Python's own options
         script = Path(code, "bin", script.name) if code else script
         os.execvp(command[0], [*command, str(script), *sys.argv[1:]])
-
-
-_go_on_as_asked()
 if find_spec("gin") is None:
     print("The packages are missing: `source e.sh` first, or run through it: ./e.sh bin/train.py ...", file=sys.stderr)
     sys.exit(2)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.config import ROOT, Refused
-from src.reproduce import unpack
+from src.record import unpack
 from src.results import status
 from src.stop import SIGNALS
 

@@ -8,16 +8,18 @@ it may block or die without effect on the run.
 import contextlib
 import ctypes
 import faulthandler
+import io
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
-from io import FileIO
+import tempfile
 from pathlib import Path
 from typing import Any
 
-NAMES = ("stdout.txt", "stderr.txt")
+C = ctypes.CDLL(None)  # what C code in this process writes with
 CLEAR_LINE = b"\r\x1b[K"
 
 
@@ -29,29 +31,36 @@ class Output:
     """
 
     def __init__(self, rank: int = 0) -> None:
-        import tempfile
-
-        _open_closed()
+        while (spare := os.open(os.devnull, os.O_RDWR)) < 3:  # the caller closed it: `bin/train.py ... >&-`
+            pass
+        os.close(spare)
+        sys.stdout = sys.stdout or open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+        sys.stderr = sys.stderr or open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         faulthandler.enable(2)  # a crash in C says where it was
         self._saved = [os.dup(descriptor) for descriptor in (1, 2)]
         self.rank = rank
         self.terminal = self._saved[1] if os.isatty(self._saved[1]) and rank == 0 else None
-        self._files: list[FileIO] = [tempfile.TemporaryFile(buffering=0) for _ in NAMES]  # noqa: SIM115
-        _buffer_lines()
+        self._files: list[Any] = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]  # noqa: SIM115
+        # Python and C buffer whole blocks of stdout on files: after a kill the last lines would be missing.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)
+        name = "__stdoutp" if sys.platform == "darwin" else "stdout"
+        C.setvbuf(ctypes.c_void_p.in_dll(C, name), None, 1, 0)  # 1: _IOLBF
         self._collect()
         if "PYTHONBREAKPOINT" not in os.environ and all(map(os.isatty, (0, *self._saved))):
             sys.breakpointhook = self._breakpoint
 
     def move_to(self, folder: Path) -> None:
         """From now on the files are the folder's, which get what was written until now, too."""
+        end = f".rank{self.rank}.txt" if self.rank else ".txt"
+        files = [open(folder / f"{name}{end}", "ab+") for name in ("stdout", "stderr")]  # noqa: SIM115
         self._release()
-        for k, name in enumerate(NAMES):
-            name = name.replace(".", f".rank{self.rank}.") if self.rank else name
-            file, collected = open(folder / name, "ab+", buffering=0), self._files[k]  # noqa: SIM115
+        for file, collected in zip(files, self._files, strict=True):
             collected.seek(0)
-            _write(file.fileno(), collected.read())
+            shutil.copyfileobj(collected, file)
+            file.flush()
             collected.close()
-            self._files[k] = file
+        self._files = files
         self._collect()
 
     def close(self) -> None:
@@ -85,9 +94,9 @@ class Output:
         _flush()
         for descriptor, saved in zip((1, 2), self._saved, strict=True):
             os.dup2(saved, descriptor)
-        # It may be blocked, dead or, after an error in move_to, stopped already.
-        with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
-            if self.rank == 0:
+        if self.rank == 0:
+            # It may be dead, blocked or, after an error in move_to, stopped already.
+            with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
                 self._follower.communicate(b"stop", timeout=2)
 
     def _breakpoint(self, *_: Any, **__: Any) -> None:
@@ -109,37 +118,12 @@ class Output:
         TerminalPdb(nosigint=True).set_trace(sys._getframe(1))
 
 
-def _open_closed() -> None:
-    """A descriptor closed by the caller (`bin/train.py ... >&-`) would be given to the next file."""
-    while (null := os.open(os.devnull, os.O_RDWR)) < 3:
-        os.set_inheritable(null, True)
-    os.close(null)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
-
-
 def _flush() -> None:
     """Python's and C's buffers, into the descriptors as they are now."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    ctypes.CDLL(None).fflush(None)
-
-
-def _buffer_lines() -> None:
-    """Python and C buffer whole blocks on files: after a kill the last lines would be missing."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(line_buffering=True)
-    libc = ctypes.CDLL(None)
-    name = "__stdoutp" if sys.platform == "darwin" else "stdout"
-    libc.setvbuf(ctypes.c_void_p.in_dll(libc, name), None, 1, 0)  # 1: _IOLBF
-
-
-def _write(target: int, block: bytes) -> None:
-    while block:
-        select.select([], [target], [])  # the caller may have made it non-blocking
-        block = block[os.write(target, block) :]
+    C.fflush(None)
 
 
 def follow(parent: int, *files_and_offsets: int) -> None:
@@ -155,11 +139,11 @@ def follow(parent: int, *files_and_offsets: int) -> None:
             try:
                 while block := os.pread(files[target], 1 << 16, offsets[target]):
                     offsets[target] += len(block)
-                    if os.isatty(target):
-                        _write(target, clear + block)
-                        clear = CLEAR_LINE if block.endswith(b"\n") else b""
-                    else:
-                        _write(target, block)
+                    shown = clear + block if os.isatty(target) else block
+                    while shown:
+                        select.select([], [target], [])  # the caller may have made it non-blocking
+                        shown = shown[os.write(target, shown) :]
+                    clear = CLEAR_LINE if block.endswith(b"\n") else b""
             except OSError:  # the terminal is gone, or who read the pipe
                 del offsets[target]
 

@@ -23,7 +23,7 @@ class Stopped(BaseException):  # as KeyboardInterrupt: an `except Exception`, in
 
 class StopRequest:
     """Catches the signals, from its creation on. They raise Stopped, at once, but inside of `with request.deferred():`
-    where the first one sets `signal`, for the loop to act on at the step's edge. A second SIGINT there raises, too.
+    where one sets `signal`, for the loop to act on at the step's edge. A second SIGINT there raises, too.
     """
 
     def __init__(self) -> None:

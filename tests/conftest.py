@@ -72,8 +72,8 @@ def refusal_of_unprivileged(run: str, gin_file: str) -> str:
                 os.setgid(65534)
                 os.setuid(65534)
             Run(run, config.read([gin_file]), [])
-        except config.Refused as refusal:
-            os.write(sender, refusal.message.encode())
+        except (config.Refused, OSError) as refusal:
+            os.write(sender, str(refusal).encode())
         finally:
             os._exit(0)
     os.close(sender)

@@ -197,6 +197,19 @@ def test_tensorboards_file_may_fail(small, main, child, tmp_path):
     assert_each_epoch_once(run, 10)
 
 
+@needs_root
+@pytest.mark.parametrize("reload", [False, True])
+def test_a_file_system_without_locks_is_refused(small, main, child, tmp_path, reload):
+    run = tmp_path / "runs/run"
+    assert not reload or main("train", run, small, "-b", "training_loop.n_epochs=1") == 0
+    before = contents(run)
+    inject = ("-P", run / "HEARTBEAT", "-e", "trace=fcntl", "-e", "inject=fcntl:error=ENOLCK")
+    code, errors = child(run, *(RELOAD if reload else ()), strace=inject).communicate()
+    message = f"train.py: {run}: this file system has no locks (No locks available): choose a folder on another one\n"
+    assert (code, errors) == (2, message)
+    assert contents(run) == before and run.exists() == reload
+
+
 # --- the disk fails for a while -------------------------------------------------------------------
 
 

@@ -66,14 +66,13 @@ def test_cnn_takes_what_can_be_had_and_the_record_names_it(cifar, main, capfd):
     more = ("-b", "training_loop.n_epochs=3;training_loop.reload=True")
     assert main("train", "online", *quick, *nowhere, *more) == 2
     message = capfd.readouterr().err
-    assert "data: cifar10 (fingerprint" in message and 'training_loop.data=@cifar10" takes the data' in message
-    # The other way round, the data can be had again: the message says how to go on.
+    assert "data: cifar10 (fingerprint" in message and "training_loop.data: @cifar10 -> @digits" in message
+    # The other way round, the data can be had again.
     shutil.rmtree(data_dir(), ignore_errors=True)
     shutil.move("kept", data_dir())
     assert main("train", "offline", *quick, "-b", cifar, *more) == 2
-    said = '-b "training_loop.data=@digits"'
-    assert said in capfd.readouterr().err
-    assert main("train", "offline", *quick, *more, "-b", said[4:-1]) == 0
+    assert "training_loop.data: @digits -> @cifar10" in capfd.readouterr().err
+    assert main("train", "offline", *quick, *more, "-b", "training_loop.data=@digits") == 0
 
 
 @pytest.mark.slow
