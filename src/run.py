@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from src import record
-from src.config import Config, Refused, Settings, format_value, read
+from src.config import Config, Refused, Settings, read_flat
 from src.output import Output
 
 # What a start that was killed at once leaves behind: no run yet.
@@ -111,7 +111,7 @@ class Run:
             return
         old, new, before = read_flat(self.path / "config.gin"), self.config.flat(), read_meta(self.path)["data"]
         # What only the code's defaults have added is the code's change, which is recorded as such.
-        counted = [key for key in sorted(old.keys() | new.keys()) if key in old or self.settings.binds(key)]
+        counted = [key for key in sorted(old.keys() | new.keys()) if key in old or key in self.settings.bindings]
         self.changed = [key for key in counted if key not in FREE and old.get(key) != new.get(key)]
         self.changes = [f"{key}: {old.get(key, '(not set)')} -> {new.get(key, '(not set)')}" for key in self.changed]
         if before["fingerprint"] != data["fingerprint"]:
@@ -365,11 +365,6 @@ def read_meta(path: Path) -> dict[str, Any]:
     """meta.json of a run's folder."""
     meta: dict[str, Any] = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     return meta
-
-
-def read_flat(config: Path) -> dict[str, str]:
-    """A config.gin as `Config.flat` gives it."""
-    return {b.key: format_value(b.value) for b in read([str(config)]).bindings}
 
 
 def is_locked(path: Path) -> bool:

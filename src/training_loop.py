@@ -311,7 +311,7 @@ def describe(data: Data) -> dict[str, Any]:
 
 def hparams(run: Run | Shadow) -> dict[str, float | str]:
     """The settings that files and -b give, as TensorBoard's hparams: one value each."""
-    given: dict[str, float | str] = {key: v for key, v in run.config.flat().items() if run.settings.binds(key)}
+    given: dict[str, float | str] = {key: v for key, v in run.config.flat().items() if key in run.settings.bindings}
     for key, text in given.items():
         with suppress(ValueError):
             given[key] = float(text)
