@@ -54,11 +54,9 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     status = f"{row['status']}: {row['problem']}".removesuffix(": ")
     if row["status"] == "unreadable":
         return (name, status, *[""] * 6)
-    metric = row["monitor"].removeprefix("val_")
-    numbers = ((row["best"], row["monitor"]), (row["test"], metric))
-    best, test = (f"{name} {values[name]:.4g}" if name in values else "" for values, name in numbers)
-    minutes, seconds = divmod(round(row["seconds"]), 60)
-    return (name, status, row["data"], str(row["model"]), str(row["epochs"]), best, test, f"{minutes}:{seconds:02}")
+    numbers = ((row["best"], row["monitor"]), (row["test"], row["monitor"].removeprefix("val_")))
+    found = [f"{metric} {values[metric]:.4g}" if metric in values else "" for values, metric in numbers]
+    return (name, status, *(str(row[k]) for k in ("data", "model", "epochs")), *found, f"{row['seconds']:,.0f} s")
 
 
 def prune(runs: list[Path], *, delete: bool) -> None:

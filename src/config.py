@@ -43,10 +43,9 @@ class Refused(Exception):
 
     exit_code = 2
 
-    @property
-    def message(self) -> str:
-        """The same as str()."""
-        return str(self)
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message  # to str() gin adds where it has called what refuses
 
 
 # What the content of a damaged file may lead to, and what a setting may.

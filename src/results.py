@@ -81,11 +81,10 @@ def status(run: Path) -> str:
 
 
 def overview(run: Path) -> dict[str, Any]:
-    """All that can be said of a run at a glance.
+    """A run at a glance: run (its path), status ('unreadable' if the folder is damaged), problem (what is wrong).
 
-    Always: run (its path), status ('unreadable' if the folder is damaged) and problem, what is wrong with it or its
-    numbers. Of one that can be read: data, model, monitor, epochs, seconds (of all epochs), config; last and best (of
-    the monitor), rows of its history; test, the test metrics. The last three are {} before there are some.
+    And of one that can be read: data, model, monitor, epochs, seconds (of all epochs), config; last and best (of the
+    monitor), rows of its history; test, its test metrics. The last three are {} before there are some.
     """
     row: dict[str, Any] = {"run": str(run), "status": "unreadable", "problem": ""}
     try:
@@ -103,13 +102,13 @@ def _read(run: Path) -> dict[str, Any]:
         best_of = max if meta["monitor_mode"] == "max" else min
     with refused_at(run / "history.csv"):
         history = load_history(run)
-        known = [epoch for epoch in history if not math.isnan(epoch[monitor])]
-        row |= {"epochs": len(history), "seconds": sum(epoch["time"] for epoch in history)}
-        row |= {"last": history[-1] if history else {}}
-        row |= {"best": best_of(known, key=lambda epoch: epoch[monitor], default={})}
-        if history and not math.isfinite(history[-1]["loss"]):
-            row["problem"] = f"diverged: loss {history[-1]['loss']} in epoch {len(history)}"
-        elif not history and row["status"] == "finished":
+        last, known = history[-1] if history else {}, [epoch for epoch in history if not math.isnan(epoch[monitor])]
+        best = best_of(known, key=lambda epoch: epoch[monitor], default={})
+        seconds = sum(epoch["time"] for epoch in history)
+        row |= {"epochs": len(history), "seconds": seconds, "last": last, "best": best}
+        if last and not math.isfinite(last["loss"]):
+            row["problem"] = f"diverged: loss {last['loss']} in epoch {len(history)}"
+        elif not last and row["status"] == "finished":
             row["problem"] = "history.csv: holds no epoch"
     return row | {"test": load_test(run), "config": load_config(run)}
 

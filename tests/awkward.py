@@ -111,6 +111,7 @@ RUNS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "history huge": ("finished", "", history(*HUGE)),
     "loss NaN": ("finished", "diverged: loss nan in epoch 2", with_value("loss", "nan")),
     "loss infinite": ("finished", "diverged: loss inf in epoch 2", with_value("loss", "inf")),
+    "time NaN": ("finished", "", with_value("time", "nan")),
     "monitor NaN at last": ("finished", "", with_value("val_acc", "nan")),
     "monitor always NaN": ("finished", "", with_value("val_acc", "nan", "nan")),
     "config missing": ("unreadable", "config.gin: No such file", gone("config.gin")),
