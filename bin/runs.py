@@ -21,8 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from src import results
 from src.config import ROOT, Refused
 
-HEADER = ("run", "status", "data", "model", "epochs", "best", "test", "time")
-
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,47 +33,40 @@ def main(argv: list[str]) -> int:
     try:
         runs = results.find_runs(arguments.folder)
     except Refused as refusal:
-        print(f"runs.py: {refusal.message}", file=sys.stderr)
+        print(f"runs.py: {refusal}", file=sys.stderr)
         return 2
     if arguments.prune:
         prune(runs, delete=arguments.yes)
-    elif arguments.json:
-        rows = [results.overview(run) for run in runs]
+        return 0
+    rows = [results.overview(run) for run in runs]
+    if arguments.json:
         print(results.to_json([{name: row[name] for name in row if name != "config"} for row in rows]))
     else:
-        table = [HEADER, *(shown(results.overview(run)) for run in runs)]
+        table = [("run", "status", "data", "model", "epochs", "best", "test", "time"), *map(cells, rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for cells in table:
-            print("  ".join(map(str.ljust, cells, widths)).rstrip())
+        print(*("  ".join(map(str.ljust, line, widths)).rstrip() for line in table), sep="\n")
     return 0
 
 
-def shown(row: dict[str, Any]) -> tuple[str, ...]:
-    # A name with a line's end, or bytes that are no text, would break the table.
-    name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in row["run"])
-    status = f"{row['status']}: {row['problem']}" if row["problem"] else row["status"]
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A run's line of the table."""
+    name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in row["run"])  # a line's end would break the table
+    status = f"{row['status']}: {row['problem']}".removesuffix(": ")
     if row["status"] == "unreadable":
-        return (name, status, "", "", "", "", "", "")
-    best = f"{row['monitor']} {row['best']:.4g}" if row["best"] is not None else ""
-    metric = row["monitor"].removeprefix("val_")
-    test = f"{metric} {row['test'][metric]:.4g}" if metric in (row["test"] or {}) else ""
-    minutes, seconds = divmod(round(row["seconds"]), 60)
-    data, model, epochs = (str(row[column]) for column in ("data", "model", "epochs"))
-    return (name, status, data, model, epochs, best, test, f"{minutes}:{seconds:02}")
+        return (name, status, *[""] * 6)
+    numbers = ((row["best"], row["monitor"]), (row["test"], row["monitor"].removeprefix("val_")))
+    found = [f"{metric} {values[metric]:.4g}" if metric in values else "" for values, metric in numbers]
+    return (name, status, *(str(row[k]) for k in ("data", "model", "epochs")), *found, f"{row['seconds']:,.0f} s")
 
 
 def prune(runs: list[Path], *, delete: bool) -> None:
-    total = 0
+    """Lists, or deletes, the checkpoints of finished runs that have their best weights."""
     for run in runs:
-        is_done = results.overview(run)["status"] == "finished" and (run / "best.pt").exists()
-        for file in (run / "checkpoint.pt", run / "checkpoint.prev.pt"):
-            if is_done and file.exists():
-                total += file.stat().st_size
-                print(f"{'deleted' if delete else 'would delete'} {file}")
+        if results.overview(run)["status"] == "finished" and (run / "best.pt").exists():
+            for file in run.glob("checkpoint*.pt"):
+                print(f"{'deleted' if delete else 'would delete, with --yes,'} {file}")
                 if delete:
                     file.unlink()
-    size = f"{total / 1e6:,.1f} MB" + ("" if delete else " (--yes deletes them)")
-    print(size if total else "nothing to prune")
 
 
 if __name__ == "__main__":

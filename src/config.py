@@ -1,21 +1,23 @@
 """Gin files and -b bindings: read, check, explain.
 
-`read` needs the text alone (no torch, some milliseconds). `check` runs after the imports: every name,
-parameter and type is looked at, and the result is the run's config: each setting that takes effect,
-defaults included. `Config.apply` gives it to gin, which builds; `Config.text` is the run's config.gin.
+`read` needs the text alone (no torch, some milliseconds). `check` runs after the imports: every name, parameter and
+type is looked at, and the result is the run's config: each setting that takes effect, defaults included.
 """
 
 import difflib
 import importlib
 import inspect
 import io
-import itertools
+import math
 import re
 import tokenize
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from inspect import Parameter
 from pathlib import Path
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any
 
 import gin
 from gin import config_parser
@@ -23,9 +25,11 @@ from gin import config_parser
 ROOT = Path(__file__).resolve().parent.parent
 LOOP = "training_loop"  # the configurable from which all is reached
 LOOP_SUPPLIES = ("input_shape", "n_classes", "params", "parameters", "loop")
+REGISTRY = gin.config._REGISTRY  # what gin knows, by full names
 Register = Callable[[str], None]  # registers a library's part, of this full name, with gin
 LIBRARIES: dict[str, Register] = {}  # by the prefix of the names
-Name = TypeVar("Name", bound=str)  # of a configurable: `name` or `scope/name`, plain or as a Reference
+# A text in quotes or a comment, which is the first group; or what separates two settings of a -b.
+SEPARATOR = r"""(?s)(('{3}|"{3}|'|")(?:\\.|(?!\2)[^\\])*\2|#[^\n]*)|[;\n]\s*"""
 
 
 class Failed(Exception):
@@ -41,7 +45,22 @@ class Refused(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = message  # to str() gin adds where it has called what refuses
+
+
+# What the content of a damaged file may lead to, and what a setting may.
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+MISTAKE = (Refused, ImportError, RecursionError)
+
+
+@contextmanager
+def refused_at(place: str | Path, errors: tuple[type[Exception], ...] = DAMAGE) -> Iterator[None]:
+    """Errors of these kinds become Refused, with the place before their message."""
+    try:
+        yield
+    except errors as error:
+        said = f"has no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
+        raise Refused(f"{place}: {said}") from None
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -51,7 +70,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {lower[found[0]]}?)" if found else ""
 
 
-# --- values -----------------------------------------------------------------------------------------
+# --- reading: text alone --------------------------------------------------------------------------
 class Reference(str):
     """`@scope/name`; the text is without the @."""
 
@@ -59,20 +78,12 @@ class Reference(str):
         return f"@{self}"
 
 
-class Called(Reference):
-    """`@scope/name()`: stands for what gin gets when it calls it."""
-
-    def __repr__(self) -> str:
-        return f"@{self}()"
-
-
 class Macro(str):
     """`%name`: stands for the value that `name = value` gives it."""
 
 
-class _Float(float):
-    def __repr__(self) -> str:
-        return super().__repr__().replace("inf", "1e999")  # gin has no word for it
+# What the parser makes of names. None has brackets: it is the loop that calls, once it has seeded.
+DELEGATE = SimpleNamespace(macro=Macro, configurable_reference=lambda n, called: Reference(f"{n}()" if called else n))
 
 
 def _map(function: Callable[[Any], Any], value: Any, kind: type = object) -> Any:
@@ -90,123 +101,17 @@ def _leaves(value: Any, kind: type = object) -> list[Any]:
     return leaves
 
 
-def format_value(value: Any) -> str:
-    """The value as gin reads it back."""
-    return repr(_map(_Float, value, float))
-
-
-# --- reading: text alone ----------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Binding:
-    """`part.parameter = value`, or a macro's `part = value`, and where it was read."""
-
-    part: str  # `scope/name`
-    parameter: str
-    value: Any
-    where: str
-    typed: bool  # given with -b
-
-    @property
-    def key(self) -> str:
-        """What stands at the left of the `=`."""
-        return f"{self.part}.{self.parameter}".strip(".")
-
-
 @dataclass(frozen=True)
 class Settings:
-    """What was read, in order: later bindings win. `files` are the inputs and their includes."""
+    """What was read. Where is `file:line`, or `-b` and what was typed."""
 
-    bindings: list[Binding]
-    imports: list[tuple[str, str]]  # module and where
-    files: list[Path]
-    unused_macros: list[Binding]
+    bindings: dict[str, tuple[Any, str]]  # `scope/name.parameter`, or a macro's name: the last value, and where
+    imports: dict[str, str]  # module: where
+    files: list[Path]  # the inputs and their includes
 
     def last(self, key: str, default: Any) -> Any:
-        """The last value given to a parameter, named as in `training_loop.reload`."""
-        return next((b.value for b in reversed(self.bindings) if f".{b.key}".endswith(f".{key}")), default)
-
-    def binds(self, key: str) -> bool:
-        """Whether a file or -b gives a value to a setting, in whatever scope; `key` as in `Config.flat`."""
-        bare = key.rpartition("/")[2]
-        return any(f".{b.key.rpartition('/')[2]}".endswith(f".{bare}") for b in self.bindings)
-
-
-class _Delegate:
-    macro = Macro
-
-    def configurable_reference(self, name: str, called: bool) -> Reference:
-        return Called(name) if called else Reference(name)
-
-
-def split_bindings(text: str) -> list[str]:
-    """Splits at `;` and newlines, but not inside quotes or brackets. Raises Refused if one is open."""
-    # A text in quotes, a comment, a continued line, or else one character.
-    pieces = re.finditer(r"""(?s)('{3}|"{3}|'|")(?:\\.|(?!\1)[^\\])*\1|#[^\n]*|\\\n|.""", text)
-    parts, depth = "", 0
-    for piece in (match.group() for match in pieces):
-        depth += (piece in "([{'\"") - (piece in ")]}")  # a single quote is one that nothing closes
-        parts += "\0" if piece in ";\n" and depth == 0 else piece
-    if depth:
-        raise Refused(f"-b {text!r}: an unclosed bracket or quote?")
-    return [part.strip() for part in parts.split("\0") if part.strip()]
-
-
-def find_file(name: str, beside: Path = Path()) -> Path | None:
-    """Looks beside the including file, in the current folder, in the repository."""
-    return next((path for folder in (beside, Path(), ROOT) if (path := folder / name).is_file()), None)
-
-
-def _find_module(module: str, beside: Path) -> str:
-    """A module beside the config gets its full name in the repository, so that config.gin finds it."""
-    path = beside.joinpath(*module.split(".")).resolve()
-    is_ours = ROOT in path.parents and (path.with_suffix(".py").is_file() or path.is_dir())
-    return ".".join(path.relative_to(ROOT).parts) if is_ours else module
-
-
-def _read_file(path: Path, settings: Settings, including: tuple[Path, ...] = ()) -> None:
-    if path.resolve() in (file.resolve() for file in including):
-        raise Refused(f"{path}: includes itself")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"{path}: cannot be read: {error}") from None
-    settings.files.append(path)
-    _read_text(text, settings, (*including, path))
-
-
-def _read_text(text: str, settings: Settings, files: tuple[Path, ...] = ()) -> None:
-    """Appends what the text says. It is that of the last of the files, each including the next, or of a -b."""
-    source = str(files[-1]) if files else f"-b {text!r}"
-    place: Callable[[int], str] = (lambda line: f"{source}:{line}") if files else (lambda line: source)
-    try:
-        statements = list(config_parser.ConfigParser(io.StringIO(text), _Delegate()))
-    except SyntaxError as error:
-        detail = (error.msg or "syntax error").strip().replace("\n   ", "")
-        if detail.startswith("malformed node"):  # a bare word
-            detail = "no value: write True or False, a number, 'a text' in quotes, or @name for a part"
-        raise Refused(f"{place(error.lineno or 1)}: {detail}\n    {(error.text or '').strip()}".rstrip()) from None
-    except tokenize.TokenError as error:
-        raise Refused(f"{place(error.args[1][0])}: {error.args[0]}: an unclosed bracket or quote?") from None
-    except TypeError as error:  # a list as a key of a dict
-        raise Refused(f"{source}: {error}") from None
-    if files and not statements:
-        raise Refused(f"{source}: is empty: it sets nothing")
-    for statement in statements:
-        where = place(statement.location.line_num)
-        match statement:
-            case config_parser.BindingStatement(scope, name, parameter, value):
-                part = f"{scope}/{name}".lstrip("/")
-                settings.bindings.append(Binding(part, parameter, value, where, typed=not files))
-            case _ if not files:
-                raise Refused(f"{where}: is no binding: write name.parameter=value")
-            case config_parser.ImportStatement(module, is_from, alias):
-                if is_from or alias:
-                    raise Refused(f"{where}: write it as `import module`")
-                settings.imports.append((_find_module(module, files[-1].parent), where))
-            case config_parser.IncludeStatement(include):
-                if not (found := find_file(include, beside=files[-1].parent)):
-                    raise Refused(f"{where}: include '{include}': no such file beside it, in {Path.cwd()} or in {ROOT}")
-                _read_file(found, settings, files)
+        """The value given to a setting, named as in `training_loop.reload`."""
+        return self.bindings.get(key, (default,))[0]
 
 
 def read(configs: Sequence[str], bindings: Sequence[str] = ()) -> Settings:
@@ -214,69 +119,91 @@ def read(configs: Sequence[str], bindings: Sequence[str] = ()) -> Settings:
 
     Raises Refused for a missing file or include, a syntax error, a macro without value.
     """
-    settings = Settings([], [], [], [])
+    settings = Settings({}, {}, [])
     for config in configs:
-        if not (found := find_file(config)):
-            kind = "is a folder, not a gin file" if Path(config).is_dir() else "no such config"
-            raise Refused(f"{config}: {kind}{nearest(config, map(str, Path(config).parent.glob('*.gin')))}")
-        _read_file(found, settings)
-    for text in itertools.chain.from_iterable(map(split_bindings, bindings)):
-        _read_text(text, settings)
-    return _without_macros(settings)
-
-
-def _without_macros(settings: Settings) -> Settings:
-    macros = {b.key: b for b in settings.bindings if not b.parameter}
+        _read_file(settings, config)
+    for text in bindings:
+        lines = re.sub(SEPARATOR, lambda found: found[1] or "\n", text).strip()
+        _read_text(settings, lines, f"-b {text!r}")
+    macros = {key: value for key, (value, _) in settings.bindings.items() if "." not in key}
     used = set()
 
-    def value(v: Any, where: str, *inside: str) -> Any:
-        def of(name: str) -> Any:
-            if name in inside:
-                raise Refused(f"{where}: the macro %{name} stands for itself")
-            if name not in macros:
-                raise Refused(f"{where}: the macro %{name} has no value{nearest(name, macros)}: add {name} = ...")
-            used.add(name)
-            return value(macros[name].value, where, *inside, name)
+    def value_of(name: str) -> Any:
+        if name not in macros:
+            raise Refused(f"the macro %{name} has no value{nearest(name, macros)}: add {name} = ...")
+        used.add(name)
+        return _map(value_of, macros[name], Macro)
 
-        return _map(of, v, Macro)
-
-    bindings = [replace(b, value=value(b.value, b.where)) for b in settings.bindings if b.parameter]
-    return replace(settings, bindings=bindings, unused_macros=[b for name, b in macros.items() if name not in used])
+    found = {}
+    for key, (value, where) in settings.bindings.items():
+        with refused_at(where, MISTAKE):
+            found[key] = _map(value_of, value, Macro), where
+    return replace(settings, bindings={key: binding for key, binding in found.items() if key not in used})
 
 
-# --- a checked config -------------------------------------------------------------------------------
+def _read_file(settings: Settings, name: str, including: tuple[Path, ...] = ()) -> None:
+    """Looks beside the including file, in the current folder, in the repository."""
+    folders = [*(file.parent for file in including[-1:]), Path(), ROOT]
+    path = next((path for folder in folders if (path := folder / name).exists()), None)
+    if path is None:
+        raise Refused(f"{name}: no such config{nearest(name, map(str, Path(name).parent.glob('*.gin')))}")
+    if any(map(path.samefile, including)):
+        raise Refused(f"{path}: includes itself")
+    with refused_at(path):
+        text = path.read_text(encoding="utf-8")
+    settings.files.append(path)
+    _read_text(settings, text, str(path), (*including, path))
+
+
+def _read_text(settings: Settings, text: str, source: str, files: tuple[Path, ...] = ()) -> None:
+    """Adds what the text says: that of the last of the files, each of which includes the next, or of a -b."""
+    try:
+        statements = list(config_parser.ConfigParser(io.StringIO(text), DELEGATE))
+    except (SyntaxError, tokenize.TokenError) as error:
+        line = getattr(error, "lineno", None) or error.args[1][0]
+        said = error.args[0].strip().splitlines()[-1].strip()  # after Python's own words
+        where = f"{source}:{line}" if files else source
+        raise Refused(f"{where}: {said} (an unclosed bracket or quote? a text without quotes?)") from None
+    if files and not statements:
+        raise Refused(f"{source}: is empty: it sets nothing")
+    for statement in statements:
+        where = f"{source}:{statement.location.line_num}" if files else source
+        match statement:
+            case config_parser.BindingStatement(scope, name, parameter, value):
+                settings.bindings[f"{scope}/{name}.{parameter}".strip("/.")] = value, where
+            case config_parser.ImportStatement(module):
+                settings.imports[module] = where
+            case config_parser.IncludeStatement(name):
+                with refused_at(where, MISTAKE):
+                    _read_file(settings, name, files)
+
+
+# --- a checked config -----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config:
-    """Every configurable that is reached from the loop, named as people do, with every setting.
+    """Every configurable that is reached from the loop, with every setting."""
 
-    `warnings` are what the person should hear and the run's record keeps.
-    """
-
-    values: dict[str, dict[str, Any]]
+    values: dict[str, dict[str, Any]]  # by the name of the configurable, and that of the parameter
     imports: list[str]
-    warnings: list[str]
+    warnings: list[str]  # what the person should hear and the run's record keeps
 
     def flat(self) -> dict[str, str]:
         """`{"SGD.lr": "0.1", ...}`: what config.gin holds, as text."""
-        return {f"{part}.{p}": format_value(v) for part, values in self.values.items() for p, v in values.items()}
+        return {f"{part}.{p}": repr(value) for part, values in self.values.items() for p, value in values.items()}
 
     def text(self) -> str:
-        """config.gin: what `read` and `check` turn back into this config."""
+        """config.gin: what `read` and `check` turn back into this config, and `read_flat` into `flat`."""
         lines = [f"import {module}" for module in self.imports]
-        for _, group in itertools.groupby(self.flat().items(), lambda item: item[0].rpartition(".")[0]):
-            lines += ["", *(f"{key} = {value}" for key, value in group)]
+        for part, values in self.values.items():
+            lines += ["", *(f"{part}.{name} = {value!r}" for name, value in values.items())] if values else []
         return "\n".join(lines).strip() + "\n"
 
     def apply(self) -> None:
-        """Makes this the whole of gin's configuration, by full names, since gin finds more short ones ambiguous."""
-
-        def full(part: Name) -> Name:
-            scope, slash, _ = part.rpartition("/")
-            return type(part)(scope + slash + _known(part).selector)
-
-        values = {full(part): _map(full, values, Reference) for part, values in self.values.items()}
+        """Makes this the whole of gin's configuration."""
+        for name in {part.rpartition("/")[2] for part in self.values}:
+            REGISTRY[name] = _known(name)  # else a bare name is ambiguous to gin if a library's ends in it
         gin.clear_config()
-        gin.parse_config(replace(self, values=values, imports=[]).text())
+        gin.parse_config(self.text())
 
     def set(self, key: str, value: Any) -> "Config":
         """The config with another value for a key of `flat`, unchecked. Raises KeyError if that is not reached."""
@@ -285,49 +212,34 @@ class Config:
         return replace(self, values=_walk(values.__getitem__))
 
     def choose(self, parameter: str, choice: int) -> "Config":
-        """Puts member `choice` of first_available's list where `parameter` names first_available."""
-        chooser = self.values[LOOP][parameter]
-        return self.set(f"{LOOP}.{parameter}", _within(chooser, self.values[chooser]["of"][choice]))
+        """Puts member `choice` of first_available's list where the loop's `parameter` names first_available."""
+        return self.set(f"{LOOP}.{parameter}", self.values[self.values[LOOP][parameter]]["of"][choice])
 
 
-def _walk(values: Callable[[str], dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """All that is reached by references from the loop."""
-    found: dict[str, dict[str, Any]] = {}
-    todo = [LOOP]
-    for part in todo:
-        if part not in found:
-            found[part] = values(part)
-            todo += [_within(part, reference) for reference in _leaves(found[part], Reference)]
-    return found
+def read_flat(path: Path) -> dict[str, str]:
+    """The config.gin of a run as `Config.flat` gave it. Raises Refused if it is not as `Config.text` wrote it."""
+    with refused_at(path):  # by gin's parser it would take 2 ms
+        text = path.read_text(encoding="utf-8")
+        lines = [line for line in text.split("\n") if line and not line.startswith("import ")]
+        if not lines or text[-1] != "\n" or any(" = " not in line for line in lines):
+            raise ValueError("is not as a run writes it: edited, or cut off?")
+        return dict(line.split(" = ", 1) for line in lines)
 
 
-def _within(part: str, reference: Name) -> Name:
-    """The reference as it is meant in the part's settings: one that names no scope stays in the part's."""
-    scope = "" if "/" in reference else part.rpartition("/")[0]
-    return type(reference)(f"{scope}/{reference}".lstrip("/"))
-
-
-def _outer(part: str) -> list[str]:
-    """`a/b/x` -> [`x`, `a/x`, `a/b/x`]: gin lets inner scopes win."""
-    *scopes, name = part.split("/")
-    return ["/".join([*scopes[:k], name]) for k in range(len(scopes) + 1)]
-
-
-# --- gin's registry ---------------------------------------------------------------------------------
+# --- gin's registry -------------------------------------------------------------------------------
 def library(prefix: str) -> Callable[[Register], Register]:
     """Decorates what registers a part of a library once a config names it: its name begins with the prefix."""
 
     def decorate(register: Register) -> Register:
-        # gin takes a name only once.
-        LIBRARIES[prefix] = lambda name: None if name in gin.config._REGISTRY else register(name)
+        LIBRARIES[prefix] = lambda name: None if name in REGISTRY else register(name)  # gin takes a name only once
         return LIBRARIES[prefix]
 
     return decorate
 
 
-def register_builder(full_name: str, build: Callable[..., Any], parameters: Iterable[inspect.Parameter]) -> None:
+def register_builder(full_name: str, build: Callable[..., Any], parameters: Iterable[Parameter]) -> None:
     """Registers `build`, which takes any keywords, with gin, so that a config can set these parameters and its own."""
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    variadic = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     every = [p for p in (*inspect.signature(build).parameters.values(), *parameters) if p.kind not in variadic]
     by_name = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in every}
     build.__signature__ = inspect.Signature(list(by_name.values()))  # type: ignore[attr-defined]
@@ -335,40 +247,26 @@ def register_builder(full_name: str, build: Callable[..., Any], parameters: Iter
     gin.external_configurable(build, name=name, module=module, denylist=[n for n in LOOP_SUPPLIES if n in by_name])
 
 
-def _selectors(name: str) -> list[str]:
-    """The full names that end in the name, but for a library's, which are named in full alone."""
-    selectors: list[str] = gin.config._REGISTRY.matching_selectors(name)
-    return [s for s in selectors if s == name or not s.startswith(tuple(LIBRARIES))]
+def _name(selector: str) -> str:
+    """What people write for a full name: a library's part has its prefix, any other no module."""
+    return selector if selector.startswith(tuple(LIBRARIES)) else selector.rpartition(".")[2]
 
 
 def _known(part: str) -> Any:
-    """What gin knows of a part that is there."""
-    return gin.config._REGISTRY[_selectors(part.rpartition("/")[2])[0]]
-
-
-def _short(part: Name) -> Name:
-    """The part as people write it: its name bare, if that is clear; a library's with its prefix.
-
-    Raises Refused for a name that is unknown or has several owners.
-    """
-    scope, slash, name = part.rpartition("/")
-    registry = gin.config._REGISTRY
+    """What gin knows of a configurable. Raises Refused for a name that is unknown or has several owners."""
+    name = part.rpartition("/")[2]
     for prefix, register in LIBRARIES.items():
         if name.startswith(prefix):
             register(name)
-            return part
-    selectors = _selectors(name)
+    selectors = [s for s in REGISTRY.matching_selectors(name) if _name(s) == name]
     if len(selectors) > 1:
-        raise Refused(f"{name} is the name of several: {', '.join(sorted(selectors))}")
+        raise Refused(f"{name} is the name of several, rename one: {', '.join(sorted(selectors))}")
     if not selectors:
-        known = (s.rpartition(".")[2] for s, _ in registry.items() if not s.startswith(tuple(LIBRARIES)))
-        raise Refused(f"nothing is named {name}{nearest(name, known)}")
-    bare = selectors[0].rpartition(".")[2]
-    short = bare if _selectors(bare) == selectors else registry.minimal_selector(selectors[0])
-    return type(part)(scope + slash + short)
+        raise Refused(f"nothing is named {name}{nearest(name, [_name(s) for s, _ in REGISTRY.items()])}")
+    return REGISTRY[selectors[0]]
 
 
-def _settable(part: str) -> dict[str, inspect.Parameter]:
+def _settable(part: str) -> dict[str, Parameter]:
     """The parameters that a config may set; `**` stands for all other names, where they are taken."""
     known = _known(part)
     try:
@@ -384,88 +282,90 @@ def _settable(part: str) -> dict[str, inspect.Parameter]:
     }
 
 
-# --- checking: names, parameters, types -------------------------------------------------------------
+# --- checking: names, parameters, types -----------------------------------------------------------
 def check(settings: Settings) -> Config:
     """Checks names, parameters and types of all bindings, and completes them with the defaults.
 
     Imports the modules that the files import. Raises Refused, with the file and line and the nearest name.
     """
-    for module, where in settings.imports:
-        try:
+    for module, where in settings.imports.items():
+        with refused_at(where, MISTAKE):
             importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if not f"{module}.".startswith(f"{error.name}."):
-                raise
-            raise Refused(f"{where}: import {module}: no such module beside it, in {ROOT} or installed") from None
-    bindings = []
-    for b in settings.bindings:
-        try:
-            bindings.append(_checked(b))
-        except Refused as refusal:
-            raise Refused(f"{b.where}: {refusal.message}") from None
-    values = _walk(lambda part: _values(part, bindings))
+    parts: dict[str, dict[str, Any]] = {}  # what is given to each
+    for key, (value, where) in settings.bindings.items():
+        part, _, parameter = key.rpartition(".")
+        parts.setdefault(part, {})[parameter] = value
+        if part:  # else a macro that nothing uses
+            with refused_at(where, MISTAKE):
+                _refuse_unfit(part, parameter, value)
+    values = _walk(lambda part: _defaults(part) | parts.get(part.rpartition("/")[2], {}) | parts.get(part, {}))
     # The loop builds what its own settings name, with what it supplies.
     for part in [LOOP, *_leaves(values[LOOP], Reference)]:
         for parameter, p in _settable(part).items():
             if p.default is p.empty and parameter not in {"**", *LOOP_SUPPLIES, *values[part]}:
                 raise Refused(f"{part}.{parameter} has no value: add a line {part}.{parameter} = ... to a config")
-    used = {outer for part in values for outer in _outer(part)}
-    unused = [b for b in bindings if b.part not in used] + settings.unused_macros
-    if typed := [b for b in unused if b.typed]:
-        loops = [f"{LOOP}.{key}" for key in values[LOOP] if key == typed[0].part]
-        raise Refused(f"{typed[0].where}: nothing uses {typed[0].key} in this config{nearest(typed[0].key, loops)}")
-    imports = list(dict.fromkeys(module for module, _ in settings.imports))
-    return Config(values, imports, warnings=[f"{b.where}: nothing uses {b.key}" for b in unused])
+    used = {*values, *(part.rpartition("/")[2] for part in values)}
+    unused = [(key, where) for key, (_, where) in settings.bindings.items() if key.rpartition(".")[0] not in used]
+    warnings = [f"{where}: nothing uses {key} in this config" for key, where in unused]
+    if typed := [warning for warning in warnings if warning.startswith("-b ")]:
+        raise Refused(typed[0])
+    return Config(values, list(settings.imports), warnings)
 
 
-def _checked(b: Binding) -> Binding:
-    """The binding with names as people write them, after its name, parameter and type were checked."""
-    part = _short(b.part)
-    settable, given = _settable(part), _known(part).denylist or ()
-    if b.parameter in given:
-        raise Refused(f"{part}.{b.parameter} is given by the code, it cannot be set")
-    parameter = settable.get(b.parameter, settable.get("**"))
+def _refuse_unfit(part: str, name: str, value: Any) -> None:
+    """Raises Refused for a part or parameter that is not there, or a value that is not of its type."""
+    settable = _settable(part)
+    if name in (_known(part).denylist or ()):
+        raise Refused(f"{part}.{name} is given by the code, it cannot be set")
+    parameter = settable.get(name, settable.get("**"))
     if parameter is None:
-        raise Refused(f"{part} has no parameter {b.parameter}{nearest(b.parameter, settable)}")
-    value = _map(_short, b.value, Reference)
-    if not _fits(value, parameter.annotation):
-        kind = "" if isinstance(value, Reference | None) else f" ({type(value).__name__})"
-        expected = inspect.formatannotation(parameter.annotation).replace("collections.abc.", "")
-        text = value if isinstance(value, str) and type(value) is not Reference else ""  # a name or number in quotes?
-        hint = f": write @{text}" if _selectors(text) else f": write {text}" if re.fullmatch(r"[\d.]+", text) else ""
-        raise Refused(f"{part}.{b.parameter} = {format_value(b.value)}{kind}, but it must be {expected}{hint}")
-    return replace(b, part=part, value=value)
+        raise Refused(f"{part} has no parameter {name}{nearest(name, settable)}")
+    if not _fits(_map(lambda reference: _known(reference).wrapped, value, Reference), parameter.annotation):
+        expected = inspect.formatannotation(parameter.annotation)
+        raise Refused(f"{part}.{name} = {value!r}, but it must be {expected}")
 
 
 def _fits(value: Any, expected: Any) -> bool:
-    """Whether the value is of the expected type, as far as it can be known before gin builds."""
     from typeguard import CollectionCheckStrategy, ForwardRefPolicy, TypeCheckError, check_type
 
-    if expected is inspect.Parameter.empty or isinstance(expected, str):
+    if any(map(math.isinf, _leaves(value, float))):
+        return False  # gin has no word for it, which config.gin would need
+    if expected is Parameter.empty or isinstance(expected, str):
         return True  # no type, or none that can be read
-    if _leaves(value, Called):
-        return "Callable" not in str(expected)  # else gin has not called it yet
     if _leaves(value, bool) and not re.search("bool|Any|object", str(expected)):
         return False  # Python's bool is an int; a config's is not
-    built = _map(lambda reference: _known(reference).wrapped, value, Reference)
     every = CollectionCheckStrategy.ALL_ITEMS
     try:
-        check_type(built, expected, forward_ref_policy=ForwardRefPolicy.IGNORE, collection_check_strategy=every)
+        check_type(value, expected, forward_ref_policy=ForwardRefPolicy.IGNORE, collection_check_strategy=every)
         return True
     except TypeCheckError:
         return False
 
 
-def _values(part: str, bindings: list[Binding]) -> dict[str, Any]:
-    """The parameters of a configurable: its defaults, then the bindings from outer to inner scope."""
+def _defaults(part: str) -> dict[str, Any]:
+    """The defaults of a configurable that a config can say; what it cannot stays the code's."""
 
     def literal(leaf: Any) -> Any:
-        if type(leaf) in (bool, int, float, str, type(None)) and leaf == leaf:  # no config can write NaN
+        if type(leaf) in (bool, int, float, str, type(None)) and repr(leaf) not in ("nan", "inf", "-inf"):
             return leaf
         known = gin.config._inverse_lookup(leaf) if callable(leaf) else None
-        return Reference(_short(known.selector)) if known else inspect.Parameter.empty  # stays the code's
+        return Reference(_name(known.selector)) if known else Parameter.empty
 
     values = {p.name: _map(literal, p.default) for p in _settable(part).values()}
-    for outer in _outer(part):
-        values |= {b.parameter: b.value for b in bindings if b.part == outer}
-    return {k: v for k, v in values.items() if inspect.Parameter.empty not in _leaves(v)}
+    return {name: value for name, value in values.items() if Parameter.empty not in _leaves(value)}
+
+
+def _walk(values: Callable[[str], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The values of all parts that are reached by references from the loop, by their names."""
+
+    def scoped(reference: str) -> Reference:  # one that names no scope stays in the part's
+        return Reference(reference if "/" in reference else scope + reference)
+
+    found: dict[str, dict[str, Any]] = {}
+    todo = [LOOP]
+    for part in todo:
+        if part not in found:
+            scope = part[: part.rfind("/") + 1]
+            found[part] = _map(scoped, values(part), Reference)
+            todo += _leaves(found[part], Reference)
+    return found

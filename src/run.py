@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from src import record
-from src.config import Config, Refused, Settings, format_value, read
+from src.config import Config, Refused, Settings, read_flat
 from src.output import Output
 
 # Settings that may differ when a run goes on, since they do not change what is computed.
@@ -125,7 +125,7 @@ class Run:
             flat["data"] = f"{found['name']} (fingerprint {found['fingerprint'][:12]})"
         for key, line in changes(old, new).items():
             # What only the code's defaults have added is the code's change, which is recorded as such.
-            if key not in FREE and (key in old or self.settings.binds(key)):
+            if key not in FREE and (key in old or key in self.settings.bindings):
                 self.changed[key] = line
         if self.changed and not accept:
             lines = [f"{self.path}: holds a run with other settings (old -> new):", *self.changed.values()]
@@ -330,11 +330,6 @@ def read_meta(path: Path) -> dict[str, Any]:
     """meta.json of a run's folder."""
     meta: dict[str, Any] = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     return meta
-
-
-def read_flat(config: Path) -> dict[str, str]:
-    """A config.gin as `Config.flat` gives it."""
-    return {b.key: format_value(b.value) for b in read([str(config)]).bindings}
 
 
 def is_locked(path: Path) -> bool:

@@ -151,7 +151,7 @@ class TrainingLoop:
             run.unfinish()
         tensorboard = None
         if team.part.rank == 0:
-            shown = {key: value for key, value in run.config.flat().items() if run.settings.binds(key)}
+            shown = {key: value for key, value in run.config.flat().items() if key in run.settings.bindings}
             tensorboard = TensorBoard(run.path, at.history, run.config.text(), shown)
         called = [*callbacks, Commits(self, trainer, callbacks, tensorboard, at, state)]
         if tensorboard:  # what stands behind the commits sees committed epochs only

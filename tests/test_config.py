@@ -1,6 +1,5 @@
 """Configs: what is read, what is refused, and that what is recorded reads back."""
 
-import re
 from pathlib import Path
 
 import gin
@@ -42,12 +41,11 @@ REFUSED_BY_TEXT = {
     "a.gin:2: Unable to parse value": "a.x = 1\nb.y = ?",
     "a.gin:1: the macro %lr has no value": "SGD.lr = %lr",
     "(did you mean rate?)": "SGD.lr = %rates\nrate = 0.1",
-    "the macro %a stands for itself": "a = %b\nb = %a\nSGD.lr = %a",
-    "a.gin:2: include 'no.gin': no such file": "a.x = 1\ninclude 'no.gin'",
+    "a.gin:1: maximum recursion depth": "a = %b\nb = %a\nSGD.lr = %a",
+    "a.gin:2: no.gin: no such config": "a.x = 1\ninclude 'no.gin'",
     "a.gin: includes itself": "include 'a.gin'",
     "a.gin: is empty": "# nothing\n\n",
     "an unclosed bracket or quote?": "a.x = [1,\n2",
-    "a.gin:1: write it as `import module`": "from os import path",
 }
 
 
@@ -62,10 +60,10 @@ def test_a_missing_config_names_the_nearest(write):
     write("a.x = 1", "configs/cnn.gin")
     with pytest.raises(Refused, match=r"no such config.*did you mean configs/cnn.gin"):
         config.read(["configs/cn.gin"])
-    with pytest.raises(Refused, match="is a folder"):
+    with pytest.raises(Refused, match="configs: Is a directory"):
         config.read(["configs"])
     Path("binary.gin").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(Refused, match="cannot be read"):
+    with pytest.raises(Refused, match=r"binary\.gin: .*can't decode"):
         config.read(["binary.gin"])
 
 
@@ -76,20 +74,19 @@ def test_an_open_quote_or_bracket_in_a_binding_is_refused(text):
 
 
 def test_bindings_are_split_outside_quotes_brackets_and_comments():
-    text = "a.x=';' # it's; not split\n  b.y=[1,\n2]; c.z='''\n;''';;\n d.w=\\\n3"
-    assert config.split_bindings(text) == ["a.x=';' # it's; not split", "b.y=[1,\n2]", "c.z='''\n;'''", "d.w=\\\n3"]
+    text = " a.x=';' # it's; not split\n  b.y=[1,\n2]; c.z='''\n;''';;\n d.w=\\\n3"
+    found = {key: value for key, (value, _) in config.read([], [text]).bindings.items()}
+    assert found == {"a.x": ";", "b.y": [1, 2], "c.z": "\n;", "d.w": 3}
+    assert config.read([], ["", " ;"]).bindings == {}
 
 
-def test_a_binding_must_bind():
-    with pytest.raises(Refused, match="is no binding"):
-        config.read([], ["include 'a.gin'"])
-    for text in ("SGD.lr", "SGD.lr={[]: 1}"):
-        with pytest.raises(Refused, match=f"-b {re.escape(repr(text))}: "):
-            config.read([], [text])
+def test_a_binding_must_have_a_value():
+    with pytest.raises(Refused, match=r"-b 'SGD\.lr': "):
+        config.read([], ["SGD.lr"])
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda items: (
         st.lists(items, max_size=3)
         | st.lists(items, max_size=3).map(tuple)
@@ -100,11 +97,11 @@ values = st.recursive(
 
 
 @given(st.lists(values, min_size=1, max_size=4), st.sampled_from([";", "\n", " ; ", ";;\n"]))
-def test_any_value_survives_binding_splitting_and_formatting(items, separator):
-    text = separator.join(f"a.x{i} = {config.format_value(v)}" for i, v in enumerate(items))
-    read = config.read([], [text]).bindings
-    assert [b.value for b in read] == items
-    assert [repr(b.value) for b in read] == [repr(v) for v in items]  # True is not 1, () not []
+def test_any_value_survives_binding_splitting(items, separator):
+    text = separator.join(f"a.x{i} = {v!r}" for i, v in enumerate(items))
+    read = [value for value, _ in config.read([], [text]).bindings.values()]
+    assert read == items
+    assert [repr(value) for value in read] == [repr(v) for v in items]  # True is not 1, () not []
 
 
 @given(st.text(alphabet="ab.@%='\"()[]{};\n\\# 1,$", max_size=30))
@@ -120,8 +117,8 @@ def test_layers_includes_and_macros(write):
     write("include 'b.gin'\nSGD.momentum = 0.9", "base/a.gin")
     write("SGD.momentum = 0.5", "later.gin")
     settings = config.read(["base/a.gin", "later.gin"], ["rate=0.3;SGD.nesterov=True"])
-    values = {b.parameter: b.value for b in settings.bindings}
-    assert values == {"lr": 0.3, "momentum": 0.5, "nesterov": True}
+    values = {key: value for key, (value, _) in settings.bindings.items()}
+    assert values == {"SGD.lr": 0.3, "SGD.momentum": 0.5, "SGD.nesterov": True}
     assert [f.name for f in settings.files] == ["a.gin", "b.gin", "later.gin"]
     assert settings.last("SGD.momentum", None) == 0.5
 
@@ -134,19 +131,22 @@ REFUSED_BY_NAME = {
     "SimpleCNN has no parameter n_filter (did you mean n_filters?)": "SimpleCNN.n_filter = [1]",
     "SimpleCNN.n_classes is given by the code": "SimpleCNN.n_classes = 3",
     "SGD.params is given by the code": "SGD.params = []",
-    "a.gin:5: training_loop.n_epochs = '5' (str), but it must be int: write 5": ("training_loop.n_epochs = '5'"),
-    "training_loop.n_epochs = True (bool), but it must be int": "training_loop.n_epochs = True",
-    "training_loop.n_epochs = 2.0 (float), but it must be int": "training_loop.n_epochs = 2.0",
+    "a.gin:5: training_loop.n_epochs = '5', but it must be int": "training_loop.n_epochs = '5'",
+    "training_loop.n_epochs = True, but it must be int": "training_loop.n_epochs = True",
+    "training_loop.n_epochs = 2.0, but it must be int": "training_loop.n_epochs = 2.0",
+    "SGD.lr = inf, but it must be": "SGD.lr = 1e999",
+    "nothing is named SGD() (did you mean SGD?)": "training_loop.optimizer = @SGD()",
+    "nothing is named optim.SGD": "training_loop.optimizer = @optim.SGD",
     "training_loop.n_epochs = @SGD, but it must be int": "training_loop.n_epochs = @SGD",
-    "write @MLP": "training_loop.model = 'MLP'",
+    "training_loop.model = 'MLP', but it must be": "training_loop.model = 'MLP'",
     "training_loop.monitor_mode = 'best'": "training_loop.monitor_mode = 'best'",
-    "SimpleCNN.n_filters = [8, '16'] (list)": "SimpleCNN.n_filters = [8, '16']",
+    "SimpleCNN.n_filters = [8, '16'], but it must be": "SimpleCNN.n_filters = [8, '16']",
     "WarmupCosine.total_steps has no value": "training_loop.callbacks = [@WarmupCosine]",
     "torchvision.models has no": "training_loop.model = @torchvision.models.mobilnet_v3_small",
     "torchmetrics has no metric F1Scor (did you mean F1Score?)": ("training_loop.metrics = [@torchmetrics.F1Scor]"),
     "poutyne has no callback Early": "training_loop.callbacks = [@poutyne.Early]",
     "StepLR has no parameter step (did you mean step_size?)": "StepLR.step = 1",
-    "a.gin:5: import no_such_module: no such module": "import no_such_module",
+    "a.gin:5: No module named 'no_such_module'": "import no_such_module",
 }
 
 
@@ -165,8 +165,8 @@ def test_what_has_no_value_is_named(write):
 
 def test_an_unused_binding_is_an_error_when_typed_and_a_warning_in_a_file(write):
     name = write(MINIMAL + "MLP.dropout = 0.1\nunused = 3\n")
-    warnings = checked(name).warnings
-    assert warnings == ["a.gin:5: nothing uses MLP.dropout", "a.gin:6: nothing uses unused"]
+    unused = {"a.gin:5": "MLP.dropout", "a.gin:6": "unused"}
+    assert checked(name).warnings == [f"{where}: nothing uses {key} in this config" for where, key in unused.items()]
     for typed in ("MLP.dropout=0.2", "other=1", "big/SimpleCNN.n_dense=7"):
         with pytest.raises(Refused, match="nothing uses"):
             checked(name, b=(typed,))
@@ -251,25 +251,3 @@ def test_gin_builds_what_was_checked(write):
     network = settings["model"](input_shape=(1, 8, 8), n_classes=3)
     assert any(getattr(m, "out_features", None) == 7 for m in network.modules())
     assert settings["n_epochs"] == 1
-
-
-def test_a_module_beside_the_config_is_imported_by_its_name_in_the_repository(monkeypatch):
-    from src.config import ROOT
-
-    folder = ROOT / "results" / "test_module_beside"
-    folder.mkdir(parents=True)
-    try:
-        (folder / "beside_it.py").write_text(
-            "import gin\nfrom torch import nn\n\n@gin.register\n"
-            "class Beside(nn.Module):\n    def __init__(self, width: int = 3):\n        ...\n"
-        )
-        (folder / "a.gin").write_text(MINIMAL + "import beside_it\ntraining_loop.model = @Beside\n")
-        found = checked(str(folder / "a.gin"))
-        assert found.imports == ["results.test_module_beside.beside_it"]
-        assert found.flat()["Beside.width"] == "3"
-    finally:
-        for file in [*folder.rglob("*.py"), *folder.rglob("*.gin"), *folder.rglob("*.pyc")]:
-            file.unlink()
-        for path in (folder / "__pycache__", folder):
-            if path.exists():
-                path.rmdir()

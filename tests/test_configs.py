@@ -42,7 +42,7 @@ def cifar(tmp_path, monkeypatch):
 def test_debug_layered_on_each_config(cifar, main, capfd):
     for name in CONFIGS:
         first = "digits.gin" if name == "debug.gin" else name
-        values = [binding.value for binding in config.read([f"configs/{first}"]).bindings]
+        values = [value for value, _ in config.read([f"configs/{first}"]).bindings.values()]
         bindings = ("-b", cifar) if "@cifar10" in repr(values) else ()
         assert main("train", f"runs/{name}", f"configs/{first}", "configs/debug.gin", *bindings) == 0
         test = json.loads(Path("runs", name, "eval_results.json").read_text())

@@ -50,7 +50,7 @@ def place(small, tmp_path, monkeypatch):
 
 REFUSED = {
     "no config": ("run no.gin", "no.gin: no such config"),
-    "folder as config": ("run foreign", "foreign: is a folder, not a gin file"),
+    "folder as config": ("run foreign", "foreign: Is a directory"),
     "empty config": ("run empty.gin", "empty.gin: is empty"),
     "file as run": ("file small.gin", "file: is a file"),
     "file above run": ("file/run small.gin", "file/run: file cannot be written to"),

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -10,16 +11,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import gin
 import pytest
 import torch
 
-from src import results
+from src import config, results
 from src.config import ROOT, Refused
-from src.run import read_flat, read_meta
+from src.run import read_meta
 from tests.awkward import EXAMPLE, FILES, awkward
 from tests.test_train import SMALL
 
@@ -70,7 +69,7 @@ def test_predictions_are_a_row_an_image(runs, main):
 
 def test_evaluate_refuses_what_is_no_run_and_other_data(runs, main, capfd):
     assert main("evaluate", "nowhere") == 2
-    assert "is no run's folder" in capfd.readouterr().err
+    assert "evaluate.py: nowhere/best.pt: is missing" in capfd.readouterr().err
     meta = json.loads((runs / "a/meta.json").read_text())
     meta["data"]["fingerprint"] = "0" * 64
     (runs / "a/meta.json").write_text(json.dumps(meta))
@@ -78,7 +77,7 @@ def test_evaluate_refuses_what_is_no_run_and_other_data(runs, main, capfd):
     assert "the data here is not the run's" in capfd.readouterr().err
     (runs / "b/best.pt").unlink()
     assert main("evaluate", "runs/b") == 2
-    assert "has no best.pt yet" in capfd.readouterr().err
+    assert "runs/b/best.pt: is missing" in capfd.readouterr().err
 
 
 def test_runs_lists_all_and_says_what_is_damaged(runs, main, capfd):
@@ -88,7 +87,7 @@ def test_runs_lists_all_and_says_what_is_damaged(runs, main, capfd):
     lines = capfd.readouterr().out.splitlines()
     assert lines[0].split() == ["run", "status", "data", "model", "epochs", "best", "test", "time"]
     assert lines[1].split()[:7] == ["runs/a", "finished", "digits", "SimpleCNN", "2", "val_acc", lines[1].split()[6]]
-    assert "unreadable: meta.json: cannot be read" in lines[3]
+    assert "unreadable: meta.json: Expecting property name" in lines[3]
     assert main("runs", "runs", "--json") == 0
     rows = json.loads(capfd.readouterr().out)
     assert [Path(row["run"]).name for row in rows] == ["a", "b", "broken"]
@@ -100,7 +99,7 @@ def test_prune_lists_and_deletes_checkpoints_of_finished_runs(runs, main, capfd)
     (runs / "b/FINISHED").unlink()
     assert main("runs", "runs", "--prune") == 0
     listed = capfd.readouterr().out
-    assert "would delete runs/a/checkpoint.pt" in listed and "runs/b" not in listed
+    assert "would delete, with --yes, runs/a/checkpoint.pt" in listed and "runs/b" not in listed
     assert (runs / "a/checkpoint.pt").exists()
     assert main("runs", "runs", "--prune", "--yes") == 0
     left = {f.name for f in (runs / "a").iterdir()}
@@ -131,12 +130,12 @@ def test_an_early_stopped_run_stays_as_it_is_pruned_or_not(runs, main, capfd):
     assert "checkpoints were deleted" in capfd.readouterr().err
 
 
-def test_prune_says_when_there_is_nothing_and_leaves_damaged_runs(runs, main, capfd):
+def test_prune_leaves_damaged_runs(runs, main, capfd):
     (runs / "a/meta.json").write_text("[]")
     (runs / "b/checkpoint.pt").unlink()
     (runs / "b/checkpoint.prev.pt").unlink()
     assert main("runs", "runs", "--prune", "--yes") == 0
-    assert capfd.readouterr().out == "nothing to prune\n"
+    assert capfd.readouterr().out == ""
     assert (runs / "a/checkpoint.pt").exists()
 
 
@@ -163,8 +162,8 @@ def test_what_a_process_holds_is_not_pruned(runs, main, capfd):
 
 @pytest.mark.parametrize("minutes, status", [(9, "running"), (11, "stalled")])
 def test_a_run_without_a_step_for_ten_minutes_is_stalled(runs, minutes, status):
-    then = datetime.now(UTC) - timedelta(minutes=minutes)
-    (runs / "a/HEARTBEAT").write_text(f"step 7 {then.isoformat(timespec='seconds')}\n")
+    then = time.time() - 60 * minutes
+    os.utime(runs / "a/HEARTBEAT", (then, then))
     with held(runs / "a"):
         assert results.overview(runs / "a")["status"] == status
     (runs / "a/FINISHED").unlink()
@@ -175,17 +174,10 @@ def test_a_run_without_a_step_for_ten_minutes_is_stalled(runs, minutes, status):
     assert results.overview(runs / "a")["status"] == "dead"
 
 
-def test_a_held_run_without_a_time_in_its_heartbeat_says_so(runs):
-    (runs / "a/HEARTBEAT").write_text("step 7\n")
-    with held(runs / "a"):
-        row = results.overview(runs / "a")
-    assert row["status"] == "unreadable" and row["problem"] == "HEARTBEAT: holds no step and time, but 'step 7\\n'"
-
-
 def test_collect_gives_a_row_a_run(runs):
     frame = results.collect("runs")
     # What the runs were given, and nothing else, is told apart.
-    assert list(frame.columns[:5]) == ["run", "status", "training_loop.seed", "SimpleCNN.n_filters", "epochs"]
+    assert list(frame.columns[:6]) == ["run", "status", "problem", "training_loop.seed", "SimpleCNN.n_filters", "data"]
     assert frame["SimpleCNN.n_filters"].tolist() == [[8, 8], [4]]
     assert frame["training_loop.seed"].tolist() == [0, 1]
     assert frame["epochs"].tolist() == [2, 2] and frame["problem"].tolist() == ["", ""]
@@ -195,7 +187,6 @@ def test_collect_gives_a_row_a_run(runs):
         best = max(history, key=lambda epoch: epoch["val_acc"])
         assert (row["best_epoch"], row["best_val_acc"]) == (best["epoch"], best["val_acc"])
         assert row["test_acc"] == json.loads((Path(row["run"]) / "eval_results.json").read_text())["acc"]
-    assert not any(name.endswith(f"_{time}") for name in frame.columns for time in results.TIMES)
     assert results.collect(runs / "a/configs").columns[0] == "run"  # none: a frame without rows
     with pytest.raises(Refused, match="no such folder"):
         results.collect("nowhere")
@@ -218,19 +209,18 @@ def test_a_setting_that_a_run_lacks_differs(tmp_path):
             file.write(line)
     (tmp_path / "c/meta.json").write_text("{}")  # what cannot be read makes no setting differ
     frame = results.collect(tmp_path)
-    assert list(frame.columns[:4]) == ["run", "status", "digits.flip", "epochs"]
+    assert list(frame.columns[:5]) == ["run", "status", "problem", "digits.flip", "data"]
     assert frame["digits.flip"].isna().tolist() == [True, False, True] and frame["digits.flip"][1] is True
     assert frame["epochs"].isna().tolist() == [False, False, True]
 
 
 def test_settings_are_read_as_gin_reads_them(tmp_path):
-    texts = [(EXAMPLE / "config.gin").read_text(), "import math\n\nSGD.lr = 1e999\n", "a.b = 'x; y'  # z = 3\n"]
-    texts += ["rate = 0.1\nSGD.lr = %rate\n", "SGD:\n  lr = 1\n", "a.b = [\n1,\n2]\n", "a.b = \\\n  3\n"]
-    texts += ["a.b = 1\na.b = 2\n", "s/a.b = '''\nc.d = 1\n'''\n"]
     shutil.copytree(EXAMPLE, tmp_path / "run")
-    for text in texts:
-        (tmp_path / "run/config.gin").write_text(text)
-        assert results.load_config(tmp_path / "run") == read_flat(tmp_path / "run/config.gin") != {}, text
+    for more in ("", "a.b = 'x = 3; y'\n", "a.b = {'c': [-1.5, (@SGD,)]}\n"):
+        with open(tmp_path / "run/config.gin", "a") as file:
+            file.write(more)
+        read = config.read([str(tmp_path / "run/config.gin")]).bindings
+        assert results.load_config(tmp_path / "run") == {key: repr(value) for key, (value, _) in read.items()}
 
 
 def refuse_constant(name: str):
@@ -261,7 +251,7 @@ def test_awkward_folders_are_all_listed_with_what_is_wrong(tmp_path, main, capfd
     found = frame.set_index(frame["run"].map(lambda run: Path(run).name))
     assert found["epochs"]["history huge"] == 20_000 and math.isnan(found["epochs"]["meta cut"])
     assert found["best_epoch"]["monitor NaN at last"] == 1 and math.isnan(found["best_epoch"]["monitor always NaN"])
-    assert math.isnan(found["last_loss"]["loss NaN"]) and found["SGD.lr"]["config written by hand"] == 0.1
+    assert math.isnan(found["last_loss"]["loss NaN"])
     assert main("runs", tmp_path / "runs", "--prune") == 0
 
 
@@ -286,7 +276,7 @@ def test_mean_and_interval():
     assert (mean, n) == (3, 1) and math.isnan(deviation) and math.isnan(half)
     assert results.mean_interval([])[3] == 0
     for strange in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="1 of 2 values are not finite"):
+        with pytest.raises(AssertionError, match="list NaN and infinities apart"):
             results.mean_interval([1.0, strange])
 
 
@@ -298,7 +288,7 @@ def test_welch():
     assert results.welch(a, b) == pytest.approx(0.0416931, rel=1e-5)
     assert results.welch([1, 2], [3, 4, 5]) is None and results.welch([], []) is None
     assert results.welch([1, 1, 1], [1, 1, 1]) is None
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(AssertionError, match="list NaN and infinities apart"):
         results.welch([1, 2, math.nan], [1, 2, 3])
 
 
@@ -309,21 +299,15 @@ def test_columns_of_times_are_the_same_everywhere():
 
 
 def test_models_of_two_runs_stand_side_by_side(runs):
-    gin.clear_config()
-    gin.parse_config("SimpleCNN.n_dense = 5")
     state = torch.get_rng_state()
     a, b = results.load_model("runs/a"), results.load_model("runs/b", weights="last")
     assert torch.equal(torch.get_rng_state(), state)
-    assert gin.query_parameter("SimpleCNN.n_dense") == 5  # the notebook's own configuration
-    gin.clear_config()
     x = torch.rand(3, 1, 8, 8)
     first = a(x)
     assert b(x).shape == first.shape == (3, 10)
     assert not a.training and not b.training
     assert len(list(a.features)) == 8 and len(list(b.features)) == 4
     assert torch.equal(results.load_model("runs/a")(x), first)
-    with pytest.raises(Refused, match="'best' or 'last'"):
-        results.load_model("runs/a", weights="worst")
 
 
 def test_reading_runs_needs_no_torch(runs):
