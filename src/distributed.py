@@ -109,7 +109,7 @@ class Team:
         """Whole batches, of so many rows, from this process's rows of each of them."""
         if not self.members:
             return list(parts)
-        counts = [[Part(rank, self.size).n_rows(n) for n in sizes] for rank in range(self.size)]
+        counts = [[len(range(n)[Part(rank, self.size).rows(n)]) for n in sizes] for rank in range(self.size)]
         own = torch.cat(list(parts))
         padded = own.new_zeros(max(map(sum, counts)), *own.shape[1:])  # all must send as much
         padded[: len(own)] = own
@@ -233,7 +233,8 @@ class GlobalBatch:
     def _dropout(
         self, draw: Callable[..., Tensor], x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
-        own, n_own = self.part.rows(self.n), self.part.n_rows(self.n)
+        own = self.part.rows(self.n)
+        n_own = own.stop - own.start
         repeats = len(x) // n_own if n_own else 1  # several rows an image, such as tokens
         if not training or p == 0 or len(x) != repeats * n_own:  # the last: no rows of images
             return draw(x, p, training, inplace)

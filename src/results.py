@@ -335,10 +335,11 @@ def evaluate(
     here, expected = data.fingerprint, read_meta(path)["data"]["fingerprint"]
     if here != expected:
         raise Refused(f"{path}: the data here is not the run's (fingerprint {here[:12]}, not {expected[:12]})")
-    part = getattr(data, split).to(place, settings["n_workers"], memory_format)
+    size, limit, n_workers = (settings[name] for name in ("batch_size", "steps_per_epoch", "n_workers"))
+    batches = Batches(getattr(data, split), size, None, limit, place, memory_format, n_workers=n_workers)
     outputs, targets = [], []
     with torch.inference_mode():
-        for x, y in Batches(part, settings["batch_size"], limit=settings["steps_per_epoch"]):
+        for x, y in batches:
             output = network(x)
             loss.of(output, y, len(y))
             metrics.update(output, y, len(y))

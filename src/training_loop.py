@@ -128,9 +128,9 @@ def training_loop(
     if team.size > 1 and sync_batch_norm and place.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     trainable = [p for p in network.parameters() if p.requires_grad]
-    splits = [split.to(place, n_workers, memory_format, team.part) for split in (dataset.train, dataset.valid)]
-    train = Batches(splits[0], batch_size, seed, steps_per_epoch)
-    valid = Batches(splits[1], batch_size, limit=steps_per_epoch)
+    there = place, memory_format, team.part, n_workers
+    train = Batches(dataset.train, batch_size, seed, steps_per_epoch, *there)
+    valid = Batches(dataset.valid, batch_size, None, steps_per_epoch, *there)
     losses = LossList(build(loss).to(place), team)
     metric_list = MetricList([build(m, n_classes=dataset.n_classes).to(place) for m in metrics], team)
     parts = Parts(
@@ -469,7 +469,9 @@ class Trainer(poutyne.Model):
 
     def first_batch(self) -> tuple[Tensor, Tensor]:
         """Our rows of a batch, x [rows, ...] and y [rows, ...], in order and not augmented."""
-        x, y = next(self.batches.split.batches(self.batches.batch_size))
+        in_order = copy.copy(self.batches)
+        in_order.seed = None
+        x, y = next(iter(in_order))
         return x.double() if self.precision == "fp64" else x, y
 
     @torch.no_grad()
