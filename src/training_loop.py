@@ -192,7 +192,7 @@ def training_loop(
             stepper.fit_generator(
                 train, valid, epochs=n_epochs, initial_epoch=at.epoch + 1, verbose=False, callbacks=called
             )
-        stop.signal = team.largest(stop.signal)
+        stop.signal = max(team.collect(stop.signal))
         stop.raise_if_asked()  # what is left may take long
     team.end()
     if tensorboard:
