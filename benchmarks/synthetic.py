@@ -4,8 +4,8 @@ import gin
 import torch
 from torch import Tensor
 
-from src.data.augment import random_crop, random_flip
-from src.data.dataset import Data, TensorSplit
+from src.data.augment import augmentations
+from src.data.dataset import Data, Split
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]
 
@@ -26,8 +26,6 @@ def synthetic(n_train: int = 12800, n_valid: int = 1280, shape: tuple[int, ...] 
     if not is_image:
         parts = [(x.float() / 255, y) for x, y in parts]
     norm = {"mean": MEAN, "std": STD} if is_image else {}
-    augment = [random_crop(4), random_flip] if is_image else []
-    train, valid, test = (
-        TensorSplit(x, y, augment=augment if part == 0 else [], **norm) for part, (x, y) in enumerate(parts)
-    )
+    train, valid, test = (Split(x, y, **norm) for x, y in parts)
+    train.augment = augmentations(padding=4, flip=True) if is_image else ()
     return Data("synthetic", train, valid, test, shape, 10, f"synthetic {n_train} {n_valid} {shape}")

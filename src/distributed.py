@@ -13,10 +13,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,9 +29,6 @@ from src.stop import Stopped, StopRequest
 
 TIMEOUT = timedelta(minutes=10)
 SIGNAL_BASE = 1000  # a stop that is agreed on: rank * SIGNAL_BASE + signal
-AGREE_SECONDS = 0.2  # between two agreements, where steps are shorter: each costs a message to all
-AGREE_CALLS = 32  # at most between two, should steps become longer
-FORGET = 0.95  # of the longest step at each: a GPU is run ahead of, and its steps then seem short
 LOST = ("gloo", "NCCL", "onnection", "Timed out", "Broken pipe", "store", "peer")  # what errors of a wait speak of
 DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d")  # a mask times the input, drawn row by row
 
@@ -41,12 +37,9 @@ class Team:
     """The processes of a run, of which this is rank `rank`; for one alone nothing here does anything."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.part = Part(rank, size)
-        self.size = size
+        self.part, self.size = Part(rank, size), size
         self.members: list[tuple[str, int]] = []  # host and process of each, once they have met
         self._asked: tuple[Any, Tensor] | None = None
-        self._is_due, self._calls, self._skip = False, 0, 0
-        self._called_at, self._longest = time.monotonic(), AGREE_SECONDS  # the longest time between two calls
 
     def start(self, device: torch.device) -> None:
         """Meets the others: gloo for tensors on the CPU, nccl for those on GPUs."""
@@ -89,10 +82,6 @@ class Team:
             dist.all_gather_object(values, value)
         return values
 
-    def largest(self, value: int) -> int:
-        """The largest of all processes' values."""
-        return max(self.collect(value)) if self.members else value
-
     def copy_first(self, tensors: Sequence[Tensor]) -> None:
         """Gives all processes the first one's values of the tensors."""
         if self.members:  # in one message: each costs a wait
@@ -109,7 +98,7 @@ class Team:
         """Whole batches, of so many rows, from this process's rows of each of them."""
         if not self.members:
             return list(parts)
-        counts = [[Part(rank, self.size).n_rows(n) for n in sizes] for rank in range(self.size)]
+        counts = [[len(range(n)[Part(rank, self.size).rows(n)]) for n in sizes] for rank in range(self.size)]
         own = torch.cat(list(parts))
         padded = own.new_zeros(max(map(sum, counts)), *own.shape[1:])  # all must send as much
         padded[: len(own)] = own
@@ -121,27 +110,17 @@ class Team:
     def agree(self, signal: int, is_due: bool) -> tuple[int, int, bool]:
         """A signal, or 0, the rank that got it, and whether a commit is due: the same answer for all.
 
-        All call it in turn. Several processes ask each other every AGREE_SECONDS, after a number of calls that they
-        agree on, too, and get what was said the time before, so that nobody waits for an answer.
+        All call it in turn. What is said at one call is answered at the next, so that nobody waits.
         """
         if not self.members:
             return signal, 0, is_due
-        seconds, self._called_at = time.monotonic() - self._called_at, time.monotonic()
-        self._longest = max(seconds, FORGET * self._longest, AGREE_SECONDS / AGREE_CALLS)
-        self._is_due |= is_due
-        self._calls += 1
-        if self._calls <= self._skip:
-            return 0, 0, False
-        skip = max(int(AGREE_SECONDS / self._longest), 1) - 1
         coded = self.part.rank * SIGNAL_BASE + signal if signal else 0
-        before, said = self._asked, torch.tensor([coded, self._is_due, -skip])
+        before, said = self._asked, torch.tensor([coded, is_due])
         self._asked = dist.all_reduce(said, dist.ReduceOp.MAX, async_op=True), said
-        self._is_due, self._calls = False, 0
         if before is None:
             return 0, 0, False
         before[0].wait()
-        coded, due, skip = before[1].tolist()
-        self._skip = -skip
+        coded, due = before[1].tolist()
         return coded % SIGNAL_BASE, coded // SIGNAL_BASE, bool(due)
 
     @contextmanager
@@ -154,9 +133,9 @@ class Team:
             cause = error.__context__ if isinstance(error, Stopped) else error
             if not self.members or not isinstance(cause, RuntimeError) or not any(w in str(cause) for w in LOST):
                 raise
-            until = time.monotonic() + 2  # the system may be a moment behind
+            until = time.monotonic() + 2  # torchrun may be a moment behind
             with stop.deferred():
-                while not (ended := self.ended()) and time.monotonic() < until:
+                while not (ended := self._ended()) and time.monotonic() < until:
                     time.sleep(0.05)
             if not ended:
                 traceback.print_exception(cause)
@@ -166,13 +145,15 @@ class Team:
                 "intact: go on with training_loop.reload=True"
             ) from None
 
-    def ended(self) -> str:
-        """Names those of the processes on this machine that are no more."""
+    def _ended(self) -> str:
+        """Names one of the processes on this machine that is no more."""
         here = socket.gethostname()
-        members = enumerate(self.members)
-        return ", ".join(
-            f"rank {rank} (process {pid})" for rank, (host, pid) in members if host == here and _ended(pid)
-        )
+        for rank, pid in [(rank, pid) for rank, (host, pid) in enumerate(self.members) if host == here]:
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return f"rank {rank} (process {pid})"
+        return ""
 
 
 ALONE = Team()
@@ -181,18 +162,6 @@ ALONE = Team()
 def team_of_environment() -> Team:
     """The processes that torchrun has started, or one alone."""
     return Team(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-
-
-def _ended(pid: int) -> bool:
-    with suppress(OSError):  # no such file on macOS
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
 
 
 @contextmanager
@@ -233,7 +202,8 @@ class GlobalBatch:
     def _dropout(
         self, draw: Callable[..., Tensor], x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
-        own, n_own = self.part.rows(self.n), self.part.n_rows(self.n)
+        own = self.part.rows(self.n)
+        n_own = own.stop - own.start
         repeats = len(x) // n_own if n_own else 1  # several rows an image, such as tokens
         if not training or p == 0 or len(x) != repeats * n_own:  # the last: no rows of images
             return draw(x, p, training, inplace)

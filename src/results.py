@@ -249,10 +249,11 @@ def evaluate(
     network.to(place).to(memory_format=memory_format)
     metrics = [build(m, n_classes=data.n_classes).to(place) for m in settings["metrics"]]
     sums = Sums(build(settings["loss"]).to(place), metrics)
-    part = getattr(data, split).to(place, settings["n_workers"], memory_format)
+    size, limit, n_workers = (settings[name] for name in ("batch_size", "steps_per_epoch", "n_workers"))
+    batches = Batches(getattr(data, split), size, None, limit, place, memory_format, n_workers=n_workers)
     outputs, targets = [], []
     with torch.inference_mode():
-        for x, y in Batches(part, settings["batch_size"], limit=settings["steps_per_epoch"]):
+        for x, y in batches:
             output = network(x)
             sums.update(output, y, len(y))
             outputs.append(output)

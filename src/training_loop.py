@@ -163,7 +163,7 @@ class TrainingLoop:
             trainer.fit_generator(
                 trainer.batches, trainer.valid, epochs=n_epochs, initial_epoch=first, verbose=False, callbacks=called
             )
-        stop.signal = team.largest(stop.signal)
+        stop.signal = max(team.collect(stop.signal))
         stop.raise_if_asked()  # what is left may take long
         team.end()
         if tensorboard:
@@ -351,9 +351,9 @@ class Trainer(poutyne.Model):
         vars(mean_loss).update(compute=self.sums.mean_loss, reset=lambda: None)
         optimizer = build_optimizer(loop.optimizer, self.parameters, loop.fused)
         super().__init__(network, optimizer, mean_loss, epoch_metrics=[(self.sums.names, self.sums)])
-        splits = [s.to(place, loop.n_workers, memory_format, self.team.part) for s in (data.train, data.valid)]
-        self.batches = Batches(splits[0], loop.batch_size, loop.seed, loop.steps_per_epoch)
-        self.valid = Batches(splits[1], loop.batch_size, limit=loop.steps_per_epoch)
+        there = place, memory_format, self.team.part, loop.n_workers
+        self.batches = Batches(data.train, loop.batch_size, loop.seed, loop.steps_per_epoch, *there)
+        self.valid = Batches(data.valid, loop.batch_size, None, loop.steps_per_epoch, *there)
         self.accumulate, self.clip_norm, self.precision = loop.accumulate, loop.clip_norm, loop.precision
         self.averaged = copy.deepcopy(network).eval() if loop.ema_decay is not None else None
         self.n_averaged = 0  # optimizer steps in the average
@@ -372,7 +372,9 @@ class Trainer(poutyne.Model):
 
     def first_batch(self) -> tuple[Tensor, Tensor]:
         """Our rows of a batch, x [rows, ...] and y [rows, ...], in order and not augmented."""
-        x, y = next(self.batches.split.batches(self.batches.batch_size))
+        in_order = copy.copy(self.batches)
+        in_order.seed = None
+        x, y = next(iter(in_order))
         return x.double() if self.precision == "fp64" else x, y
 
     def restore(self, state: Mapping[str, Any]) -> None:

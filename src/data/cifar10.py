@@ -1,16 +1,16 @@
+import gzip
 import io
-import os
 import pickle
 import tarfile
 import warnings
 
 import gin
+import numpy as np
 import torch
 from torch import Tensor
 
-from src.data.augment import cutout as random_cutout
-from src.data.augment import random_crop, random_flip
-from src.data.dataset import Data, TensorSplit, Unavailable, data_dir, fingerprint, stratified_split
+from src.data.augment import augmentations
+from src.data.dataset import Data, Split, data_dir, divide, stratified_split
 from src.data.download import download
 
 ARCHIVE = "cifar-10-python.tar.gz"  # as torchvision names it, so that both can share a folder
@@ -26,50 +26,29 @@ def cifar10(
     cutout: int = 0,
     url: str = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
     md5: str = "c58f30108f718f92721af3b95e74349a",
-    timeout: float = 10.0,
 ) -> Data:
     """60,000 colour images of 32x32 in 10 classes, split 45,000/5,000/10,000. Downloaded once.
 
-    n_train: use only so many for training, balanced.
-    padding, flip, cutout: pixels of the random crop, flip, and pixels of the square that is cut out of the
-    training images; 0 and False: none.
-    timeout: seconds after which a server that cannot be reached or is silent is given up.
+    n_train: use only so many for training, balanced. padding, flip, cutout: pixels of the random crop, flip, and
+    pixels of the square that is cut out of the training images; 0 and False: none.
     Raises Unavailable, with what to do, if the data are not in DATA_DIR and cannot be downloaded.
     Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009), chapter 3.
     """
-    try:
-        archive = download(url, data_dir() / ARCHIVE, md5=md5, timeout=timeout)
-    except (OSError, ValueError) as error:
-        raise Unavailable(
-            f"CIFAR-10 cannot be had: {error}.\nPut {url}\n"
-            f"into DATA_DIR (it may name another folder) by hand, as {os.path.relpath(data_dir() / ARCHIVE)},\n"
-            'or train on digits, which need no network: -b "training_loop.data=@digits"'
-        ) from error
-    *batches, (x_test, y_test) = _read(archive)
-    x, y = map(torch.cat, zip(*batches, strict=True))
-    tenth = len(x) // 10
-    train, valid = stratified_split(y, [len(x) - tenth, tenth], n_train=n_train)
-    augment = ([random_crop(padding)] if padding else []) + ([random_flip] if flip else [])
-    augment += [random_cutout(cutout)] if cutout else []
-    splits = (
-        TensorSplit(x.index_select(0, train), y[train], mean=MEAN, std=STD, augment=augment),
-        TensorSplit(x.index_select(0, valid), y[valid], mean=MEAN, std=STD),  # twice as fast as x[valid]
-        TensorSplit(x_test, y_test, mean=MEAN, std=STD),
-    )
-    return Data("cifar10", *splits, (3, 32, 32), 10, fingerprint(*splits))
+    x, y = _read(download(url, data_dir() / ARCHIVE, md5))
+    n = len(y) // 6 * 5  # the last of the six files is the test split
+    rows = stratified_split(y[:n], [n - n // 10, n // 10], n_train=n_train)
+    whole = Split(x, y, MEAN, STD, augmentations(padding, flip, cutout))
+    return divide("cifar10", whole, [*rows, torch.arange(n, len(y))], n_classes=10)
 
 
-def _read(archive: bytes) -> list[tuple[Tensor, Tensor]]:
-    """x [N, 3, 32, 32] uint8 and y [N] of each of BATCHES, which are pickles made by Python 2.
+def _read(archive: bytes) -> tuple[Tensor, Tensor]:
+    """x [60000, 3, 32, 32] uint8 and y [60000] of BATCHES, which are pickles made by Python 2. Takes a second.
 
-    A pickle can run anything: `archive` has to be the one whose checksum is known. Takes a second.
+    A pickle can run anything: `archive` has to be the one whose checksum is known.
     """
-    batches = {}
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy's, of the old names in the files
-        for member in tar:
-            if member.name in BATCHES and (file := tar.extractfile(member)):
-                batch = pickle.load(file, encoding="bytes")
-                x = torch.from_numpy(batch[b"data"]).view(-1, 3, 32, 32)
-                batches[member.name] = x, torch.tensor(batch[b"labels"])
-    return [batches[name] for name in BATCHES]
+    # Of numpy's warnings, of the old names in the files, none is shown.
+    with tarfile.open(fileobj=io.BytesIO(gzip.decompress(archive))) as tar, warnings.catch_warnings(action="ignore"):
+        files = map(tar.extractfile, BATCHES)
+        batches = [pickle.load(file, encoding="bytes") for file in files if file]
+    x = torch.from_numpy(np.concatenate([batch[b"data"] for batch in batches])).view(-1, 3, 32, 32)
+    return x, torch.tensor([label for batch in batches for label in batch[b"labels"]])

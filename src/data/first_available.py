@@ -11,9 +11,9 @@ from src.data.dataset import Data, Unavailable
 
 @gin.register
 def first_available(of: list[Callable[[], Data]]) -> Data:
-    """The first data set of the list that can be had; loudly, on stderr, if not the very first.
+    """The first data set of the list, [@cifar10, @digits], that can be had; loudly, on stderr, if not the very first.
 
-    of: uncalled references, [@cifar10, @digits]. Raises Refused with all reasons if none can.
+    Raises Refused with all reasons if none can.
     """
     reasons = ""
     for i, build in enumerate(of):

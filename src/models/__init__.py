@@ -1,5 +1,5 @@
-"""The models. A new one: a new file here with a class that takes input_shape and n_classes, and a
-line below. Those of torchvision are registered by name when a config asks for one.
+"""The models. A new one: a new file here with what takes input_shape and n_classes, and a line
+below. Those of torchvision are registered by name when a config asks for one.
 """
 
 from src.models.mlp import MLP

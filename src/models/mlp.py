@@ -1,6 +1,5 @@
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import gin
 from torch import Tensor, nn
@@ -17,11 +16,11 @@ class MLP(nn.Module):
         self, input_shape: tuple[int, ...], n_classes: int, n_hidden: Sequence[int] = (256, 256), dropout: float = 0.0
     ) -> None:
         super().__init__()
-        widths = [math.prod(input_shape), *n_hidden]
-        layers: list[nn.Module] = [nn.Flatten()]
-        for n_in, n_out in pairwise(widths):
-            layers += [nn.Linear(n_in, n_out), nn.ReLU(), nn.Dropout(dropout)]
-        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], n_classes))
+        n_in, layers = math.prod(input_shape), nn.Sequential(nn.Flatten())
+        for n_out in n_hidden:
+            layers.extend([nn.Linear(n_in, n_out), nn.ReLU(), nn.Dropout(dropout)])
+            n_in = n_out
+        self.layers = layers.append(nn.Linear(n_in, n_classes))
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.layers(x)

@@ -3,8 +3,6 @@ from collections.abc import Sequence
 import gin
 from torch import Tensor, nn
 
-from src.config import Refused
-
 
 @gin.register(denylist=["input_shape", "n_classes"])
 class SimpleCNN(nn.Module):
@@ -13,7 +11,6 @@ class SimpleCNN(nn.Module):
 
     x [B, C, H, W], of any size -> logits [B, n_classes]. Blocks pool as long as both sides stay at
     2 pixels or more. dropout: share of the dense layer, in training.
-    Raises Refused if the data are no images.
     """
 
     def __init__(
@@ -25,8 +22,6 @@ class SimpleCNN(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if len(input_shape) != 3:
-            raise Refused(f"SimpleCNN takes images [C, H, W], not data of shape {input_shape}")
         n_in, height, width = input_shape
         layers: list[nn.Module] = []
         for n_out in n_filters:
@@ -37,12 +32,9 @@ class SimpleCNN(nn.Module):
             layers += [nn.BatchNorm2d(n_out), nn.ReLU()]
             n_in = n_out
         self.features = nn.Sequential(*layers)
+        dense = nn.Linear(n_in * height * width, n_dense)
         self.classifier = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(n_in * height * width, n_dense),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(n_dense, n_classes),
+            nn.Flatten(), dense, nn.ReLU(), nn.Dropout(dropout), nn.Linear(n_dense, n_classes)
         )
 
     def forward(self, x: Tensor) -> Tensor:

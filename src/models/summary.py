@@ -10,31 +10,26 @@ from torch.nn.modules.module import register_module_forward_hook
 def summarise(network: nn.Module, x: Tensor) -> tuple[Tensor, str]:
     """Runs the network once on the batch x [B, ...], in eval mode and without gradients, and leaves it as it was.
 
-    Returns its output and the summary: name, type, output shape (without the batch) and parameters
-    of each layer, two levels deep.
+    Returns its output, and name, type, output shape (without the batch) and parameters of each layer, two levels deep.
     """
     shapes: dict[nn.Module, str] = {}
 
     def record(module: nn.Module, _: Any, output: Any) -> None:
-        while isinstance(output, tuple | list) and output:
-            output = output[0]  # some layers return several
         shapes[module] = "x".join(map(str, output.shape[1:])) if isinstance(output, Tensor) else "-"
 
     training = [m for m in network.modules() if m.training]
     try:
-        network.eval()
         with register_module_forward_hook(record), torch.no_grad():
-            output: Tensor = network(x)
+            output: Tensor = network.eval()(x)
     finally:
         for module in training:
             module.training = True
 
     rows = [("layer", "type", "output", "parameters")]
     for name, module in network.named_modules():
-        depth = len(name.split(".")) if name else 0
-        whole = depth == 2 or not list(module.children())
-        n = sum(p.numel() for p in module.parameters(recurse=whole))
-        if depth <= 2 and (whole or n):  # a module above may have parameters beside its layers
+        is_whole = name.count(".") == 1 or not list(module.children())
+        n = sum(p.numel() for p in module.parameters(recurse=is_whole))
+        if name.count(".") <= 1 and (is_whole or n):  # a module above may have parameters beside its layers
             rows.append((name or "(itself)", type(module).__name__, shapes.get(module, "-"), f"{n:,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3].rjust(widths[3])]) for row in rows]

@@ -1,6 +1,5 @@
 import os
 import pickle
-import re
 import shutil
 import socket
 import socketserver
@@ -20,6 +19,7 @@ import torch
 
 from src.data import cifar10
 from src.data.dataset import Unavailable
+from src.data.download import download
 from tests.cifar_archive import BATCHES, make_archive, md5_of, write_archive
 
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -87,8 +87,7 @@ def test_download(archive: Path, folder: Path, capfd: pytest.CaptureFixture[str]
     with serve(archive.read_bytes()) as url:
         data = cifar10(url=url, md5=md5_of(archive))
     assert names(folder) == [ARCHIVE]
-    size = archive.stat().st_size / 1e6
-    assert capfd.readouterr().err == f"Downloading {url}\n{size:.1f} MB\n"
+    assert capfd.readouterr().err == f"Downloading {url}\n"
     again = cifar10(md5=md5_of(archive))  # without a server
     assert again.fingerprint == data.fingerprint
     os.umask(umask := os.umask(0))  # what is shared with a group stays so
@@ -106,8 +105,8 @@ def test_data(archive: Path, folder: Path, recwarn: pytest.WarningsRecorder) -> 
     assert (data.name, data.input_shape, data.n_classes) == ("cifar10", (3, 32, 32), 10)
     assert data.train.x.dtype == torch.uint8
     assert len(data.train.augment) == 2
-    assert data.valid.augment == data.test.augment == ()
-    assert made(padding=0, flip=False).train.augment == ()
+    assert not data.valid.augment and not data.test.augment
+    assert not made(padding=0, flip=False).train.augment
     assert made(padding=0, flip=False).fingerprint == data.fingerprint
     small = made(n_train=20)
     assert torch.bincount(small.train.y).tolist() == [2] * 10
@@ -147,10 +146,10 @@ def test_cut_off_download_leaves_nothing_and_the_next_gets_it_whole(archive: Pat
 def test_wrong_checksum_is_refused_and_removed_unless_it_was_put_there(archive: Path, folder: Path) -> None:
     wrong = archive.read_bytes()[:-1] + b"?"
     with serve(wrong) as url:
-        assert f"{url} has a wrong checksum" in refusal(url=url, md5=md5_of(archive))
+        assert f"{url}: ValueError('wrong checksum" in refusal(url=url, md5=md5_of(archive))
     assert names(folder) == []
     (folder / ARCHIVE).write_bytes(wrong)
-    assert f"data/{ARCHIVE} has a wrong checksum" in refusal(md5=md5_of(archive))
+    assert f"data/{ARCHIVE}: ValueError('wrong checksum" in refusal(md5=md5_of(archive))
     assert names(folder) == [ARCHIVE]
 
 
@@ -160,8 +159,7 @@ def test_message_says_what_to_do(folder: Path) -> None:
     url = f"http://127.0.0.1:{port}/{ARCHIVE}"  # nothing listens there now
     message = refusal(url=url)
     assert "Connection refused" in message
-    assert f"Put {url}\ninto DATA_DIR" in message
-    assert f"by hand, as data/{ARCHIVE}" in message
+    assert f"Put {url} into DATA_DIR by hand, as data/{ARCHIVE}" in message
     assert '-b "training_loop.data=@digits"' in message
     assert str(folder) not in message
     assert names(folder) == []
@@ -191,19 +189,21 @@ def stall(connection: socket.socket) -> None:
 def test_silent_server_is_given_up(folder: Path, answer: Callable[[socket.socket], None]) -> None:
     with listen(answer) as url:
         start = time.monotonic()
-        assert re.search(f"{url}: .*(timed out|nothing came for 0.3 s)", refusal(url=url, timeout=0.3))
+        with pytest.raises(Unavailable, match=f"{url}: TimeoutError"):
+            download(url, folder / ARCHIVE, "no checksum", timeout=0.3)
         assert time.monotonic() - start < 3
     assert names(folder) == []
 
 
-def test_slow_download_is_not_given_up(archive: Path) -> None:
+def test_slow_download_is_not_given_up(archive: Path, folder: Path) -> None:
     with serve(archive.read_bytes(), pause=0.1) as url:
-        assert len(cifar10(url=url, md5=md5_of(archive), timeout=0.3).test) == 20
+        assert download(url, folder / ARCHIVE, md5_of(archive), timeout=0.3) == archive.read_bytes()
 
 
-def test_unknown_host_is_given_up() -> None:
+def test_unknown_host_is_given_up(folder: Path) -> None:
     start = time.monotonic()
-    assert f"http://cifar.invalid/{ARCHIVE}: " in refusal(url=f"http://cifar.invalid/{ARCHIVE}", timeout=2)
+    with pytest.raises(Unavailable, match=f"http://cifar.invalid/{ARCHIVE}: "):
+        download(f"http://cifar.invalid/{ARCHIVE}", folder / ARCHIVE, "no checksum", timeout=2)
     assert time.monotonic() - start < 5
 
 
@@ -226,8 +226,7 @@ def test_unwritable_data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "file").touch()
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "file" / "data"))
     message = refusal(url="http://127.0.0.1:9/")
-    assert f"Not a directory: '{tmp_path}/file/data'" in message
-    assert "DATA_DIR (it may name another folder)" in message
+    assert "NotADirectoryError" in message and "DATA_DIR" in message
 
 
 class Evil:

@@ -1,5 +1,6 @@
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,19 +10,28 @@ from torch import Tensor
 
 from src.config import Refused
 from src.data.augment import Draw, random_crop, random_flip
-from src.data.dataset import Batches, TensorSplit, data_dir, fingerprint, stratified_split
+from src.data.dataset import Batches, Split, data_dir, divide, fingerprint, stratified_split
 
 
-def make_split(n: int) -> TensorSplit:
+def make_split(n: int) -> Split:
     """n random images; the target of an image is its place."""
     x = torch.randint(256, (n, 3, 8, 8), generator=torch.Generator().manual_seed(n))
-    return TensorSplit(
+    return Split(
         x.to(torch.uint8),
         torch.arange(n),
         mean=[0.4, 0.5, 0.6],
         std=[0.1, 0.2, 0.3],
         augment=[random_crop(2), random_flip],
     )
+
+
+def batches(
+    split: Split, batch_size: int, seed: int | None = None, epoch: int = 0, start: int = 0, **where: Any
+) -> Any:
+    """An iterator over the batches of an epoch."""
+    made = Batches(split, batch_size, seed, **where)
+    made.begin(epoch, start)
+    return iter(made)
 
 
 def equal(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool:
@@ -43,8 +53,8 @@ def test_batch_is_a_function_of_seed_epoch_and_place(
 ) -> None:
     split = make_split(n)
     state = torch.get_rng_state()
-    whole = list(split.batches(batch_size, seed=seed, epoch=epoch))
-    rest = list(make_split(n).batches(batch_size, seed=seed, epoch=epoch, start=start))
+    whole = list(batches(split, batch_size, seed=seed, epoch=epoch))
+    rest = list(batches(make_split(n), batch_size, seed=seed, epoch=epoch, start=start))
     assert torch.equal(torch.get_rng_state(), state)
     assert equal(rest, whole[start:])
     sizes = [len(y) for _, y in whole]
@@ -60,14 +70,13 @@ def test_epochs_and_seeds_differ_in_order_and_augmentation() -> None:
     orders = set()
     for seed in range(5):
         for epoch in range(5):
-            batches = split.batches(40, seed=seed, epoch=epoch)
-            orders.add(tuple(next(batches)[1].tolist()))
+            orders.add(tuple(next(batches(split, 40, seed=seed, epoch=epoch))[1].tolist()))
     assert len(orders) == 25
 
     split.x = split.x[:1].expand(40, -1, -1, -1)  # what is left is the augmentation
     seen = set()
     for epoch in range(2):
-        seen |= {tuple(x.flatten().tolist()) for x, _ in split.batches(8, seed=0, epoch=epoch)}
+        seen |= {tuple(x.flatten().tolist()) for x, _ in batches(split, 8, seed=0, epoch=epoch)}
     assert len(seen) == 10
 
 
@@ -76,12 +85,12 @@ def test_without_seed_in_order_normalised_and_not_augmented() -> None:
     mean = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
     std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
     before = split.x.clone()
-    batches = list(split.batches(4))
-    assert [y.tolist() for _, y in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    x = torch.cat([x for x, _ in batches])
+    whole = list(batches(split, 4))
+    assert [y.tolist() for _, y in whole] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    x = torch.cat([x for x, _ in whole])
     torch.testing.assert_close(x, (split.x / 255 - mean) / std)
     assert torch.equal(split.x, before)
-    assert equal(list(split.batches(4, start=2)), batches[2:])
+    assert equal(list(batches(split, 4, start=2)), whole[2:])
 
 
 @pytest.mark.parametrize("limit", [None, 2, 9])
@@ -92,9 +101,9 @@ def test_batches_of_an_epoch(limit: int | None) -> None:
     assert train.n_batches == valid.n_batches == min(limit or 4, 4)
     for epoch, start in ((1, 0), (2, 1), (2, train.n_batches)):
         train.begin(epoch, start)
-        assert equal(list(train), list(split.batches(4, seed=3, epoch=epoch))[start:limit])
+        assert equal(list(train), list(batches(split, 4, seed=3, epoch=epoch))[start:limit])
     for _ in range(2):
-        assert equal(list(valid), list(split.batches(4))[:limit])
+        assert equal(list(valid), list(batches(split, 4))[:limit])
 
 
 def test_batches_measure_the_wait_for_data() -> None:
@@ -104,47 +113,40 @@ def test_batches_measure_the_wait_for_data() -> None:
 
     split = make_split(12)
     split.augment = (slow,)
-    batches = Batches(split, 4, seed=0)
+    made = Batches(split, 4, seed=0)
     for _ in range(2):
-        for _ in batches:
+        for _ in made:
             time.sleep(0.1)  # the consumer's own time
-        assert 0.06 <= batches.waited < 0.2
+        assert 0.06 <= made.waited < 0.2
 
 
 def test_float_data_are_normalised_as_they_are_and_not_changed() -> None:
     x = torch.rand(6, 2, 4, 4)
     before = x.clone()
-    (batch, _), *_ = TensorSplit(x, torch.zeros(6), mean=[0.5, 1.0], std=[2.0, 4.0]).batches(6)
+    (batch, _), *_ = batches(Split(x, torch.zeros(6), mean=[0.5, 1.0], std=[2.0, 4.0]), 6)
     torch.testing.assert_close(batch[:, 0], (before[:, 0] - 0.5) / 2)
     torch.testing.assert_close(batch[:, 1], (before[:, 1] - 1) / 4)
-    (plain, _), *_ = TensorSplit(x, torch.zeros(6)).batches(6)
+    (plain, _), *_ = batches(Split(x, torch.zeros(6)), 6)
     assert torch.equal(plain, before)
     assert torch.equal(x, before)
 
 
 def test_lengths_must_agree() -> None:
-    with pytest.raises(ValueError, match="3 inputs but 2 targets"):
-        TensorSplit(torch.zeros(3, 1, 8, 8), torch.zeros(2))
-
-
-def test_moved_split_gives_the_same_batches() -> None:
-    split = make_split(20)
-    moved = split.to("cpu")
-    assert len(moved) == 20
-    assert equal(list(moved.batches(8, seed=1)), list(split.batches(8, seed=1)))
+    with pytest.raises(AssertionError, match="3 inputs but 2 targets"):
+        Split(torch.zeros(3, 1, 8, 8), torch.zeros(2))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_gets_the_same_batches_without_a_wait() -> None:
     split = make_split(20)
-    on_gpu = split.to("cuda")
-    list(on_gpu.batches(8, seed=1))  # the first call may set things up
+    list(batches(split, 8, seed=1, device="cuda"))  # the first call may set things up
+    on_gpu = batches(split, 8, seed=1, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        batches = list(on_gpu.batches(8, seed=1))
+        got = list(on_gpu)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for (x, y), (x_cpu, y_cpu) in zip(batches, split.batches(8, seed=1), strict=True):
+    for (x, y), (x_cpu, y_cpu) in zip(got, batches(split, 8, seed=1), strict=True):
         torch.testing.assert_close(x.cpu(), x_cpu)
         assert torch.equal(y.cpu(), y_cpu)
 
@@ -153,20 +155,20 @@ def test_gpu_gets_the_same_batches_without_a_wait() -> None:
 @given(
     counts=st.lists(st.integers(1, 60), min_size=1, max_size=6),
     cuts=st.lists(st.floats(0, 1), min_size=2, max_size=2).map(sorted),
-    seed=st.integers(0, 100),
+    order=st.integers(0, 100),
 )
-def test_splits_are_stratified_disjoint_and_stable(counts: list[int], cuts: list[float], seed: int) -> None:
+def test_splits_are_stratified_disjoint_and_stable(counts: list[int], cuts: list[float], order: int) -> None:
     y = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
-    y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))]
+    y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(order))]
     first, second = (round(cut * len(y)) for cut in cuts)
     sizes = [first, second - first, len(y) - second]
-    parts = stratified_split(y, sizes, seed=seed)
+    parts = stratified_split(y, sizes)
     assert [len(part) for part in parts] == sizes
     assert torch.cat(parts).sort().values.tolist() == list(range(len(y)))
     for part in [*parts, parts[0][: first // 2]]:
         for label, count in enumerate(counts):
             assert abs((y[part] == label).sum() - len(part) * count / len(y)) <= 2
-    again = stratified_split(y, sizes, seed=seed)
+    again = stratified_split(y, sizes)
     assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
 
 
@@ -175,6 +177,19 @@ def test_split_does_not_change_between_versions() -> None:
     a, b = stratified_split(torch.arange(12) % 3, [8, 4])
     assert a.tolist() == [6, 1, 5, 9, 7, 11, 3, 4]
     assert b.tolist() == [8, 0, 10, 2]
+
+
+def test_by_default_three_fifths_a_fifth_and_a_fifth() -> None:
+    assert [len(part) for part in stratified_split(torch.arange(18) % 3)] == [12, 3, 3]
+
+
+def test_divided_into_splits_of_which_one_is_augmented() -> None:
+    whole = make_split(10)
+    data = divide("name", whole, [torch.arange(5), torch.tensor([9, 7]), torch.tensor([6])], n_classes=10)
+    assert data.valid.y.tolist() == [9, 7] and torch.equal(data.valid.x, whole.x[[9, 7]])
+    assert [len(split.augment) for split in (data.train, data.valid, data.test)] == [2, 0, 0]
+    assert (data.name, data.input_shape, data.n_classes) == ("name", (3, 8, 8), 10)
+    assert data.valid.std == whole.std and data.fingerprint == fingerprint(data.train, data.valid, data.test)
 
 
 @pytest.mark.parametrize("n_train", [0, -1, 11])
@@ -191,7 +206,7 @@ def test_fingerprint_is_of_what_is_used() -> None:
     assert fingerprint(split) == original
     split.y = split.y.flip(0)
     assert fingerprint(split) != original
-    other_mean = TensorSplit(split.x, make_split(10).y, mean=[0.4, 0.5, 0.5], std=[0.1, 0.2, 0.3])
+    other_mean = Split(split.x, make_split(10).y, mean=[0.4, 0.5, 0.5], std=[0.1, 0.2, 0.3])
     assert fingerprint(other_mean) != original
     assert fingerprint(split, split) != fingerprint(split)
 

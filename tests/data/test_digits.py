@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 
 from src.config import Refused
 from src.data import digits
+from src.data.dataset import Batches
 
 FINGERPRINT = "ecb23fc4cc13102ef1f7b1ac8ff5a2a47c9b6f0a08a21a354716d27d8e74d801"
 
@@ -38,7 +39,7 @@ def test_splits() -> None:
 
 
 def test_inputs_are_normalised() -> None:
-    ((x, y),) = digits().train.batches(2000)
+    ((x, y),) = Batches(digits().train, 2000)
     assert x.shape == (1079, 1, 8, 8)
     assert y.dtype == torch.int64
     assert abs(x.mean()) < 0.02
@@ -65,8 +66,7 @@ def test_n_train_is_balanced_and_leaves_the_other_splits() -> None:
 
 def test_padding_crops_the_training_images_only() -> None:
     data = digits(padding=1)
-    assert len(data.train.augment) == 1
-    assert data.valid.augment == data.test.augment == digits().train.augment == ()
+    assert [len(split.augment) for split in (data.train, data.valid, data.test, digits().train)] == [1, 0, 0, 0]
 
 
 def test_sklearn_is_not_imported() -> None:

@@ -12,9 +12,8 @@ from PIL import Image
 from src.config import Refused
 from src.data import image_folder
 from src.data.augment import random_crop
-from src.data.dataset import TensorSplit, Unavailable
+from src.data.dataset import Batches, Split, Unavailable
 from src.data.image_folder import read_image
-from src.data.stream import available_cores
 
 
 @pytest.fixture
@@ -36,14 +35,16 @@ def test_batches_are_those_of_the_same_images_in_memory(images):
     data = image_folder("images", size=12, padding=2, flip=False)
     assert (data.input_shape, data.n_classes) == ((3, 12, 12), 3)
     assert [len(s) for s in (data.train, data.valid, data.test)] == [48, 6, 6]
-    x = torch.stack([read_image(path, 12) for path in data.train.items])
+    x = torch.stack([read_image(path, 12) for path in data.train.x])
     assert x.shape == (48, 3, 12, 12) and x.dtype == torch.uint8
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    memory = TensorSplit(x, data.train.y, mean=mean, std=std, augment=[random_crop(2)])
-    for options in ({}, {"seed": 3, "epoch": 2}, {"seed": 3, "epoch": 2, "start": 2}):
-        expected = list(memory.batches(20, **options))
-        for n_workers in (0, 1, 2):
-            got = list(data.train.to("cpu", n_workers).batches(20, **options))
+    memory = Split(x, data.train.y, mean=mean, std=std, augment=[random_crop(2)])
+    for seed, epoch, start in ((None, 0, 0), (3, 2, 0), (3, 2, 2)):
+        made = [Batches(memory, 20, seed), *(Batches(data.train, 20, seed, n_workers=n) for n in (0, 1, 2))]
+        for batches in made:
+            batches.begin(epoch, start)
+        expected, *streamed = map(list, made)
+        for got in streamed:
             assert len(got) == len(expected)
             for (x_got, y_got), (x_expected, y_expected) in zip(got, expected, strict=True):
                 assert torch.equal(x_got, x_expected) and torch.equal(y_got, y_expected)
@@ -51,16 +52,16 @@ def test_batches_are_those_of_the_same_images_in_memory(images):
 
 def test_each_image_is_in_one_split_with_its_class(images):
     data = image_folder("images", size=8)
-    paths = [path for split in (data.train, data.valid, data.test) for path in split.items]
+    paths = [path for split in (data.train, data.valid, data.test) for path in split.x]
     assert sorted(paths) == sorted(str(f) for f in images.glob("*/*") if f.suffix != ".txt")
     for split in (data.train, data.valid, data.test):
-        assert ["abc".index(Path(path).parent.name) for path in split.items] == split.y.tolist()
+        assert ["abc".index(Path(path).parent.name) for path in split.x] == split.y.tolist()
 
 
 def test_reading_draws_no_random_numbers_of_the_models(images):
     data = image_folder("images", size=8)
     before = torch.get_rng_state()
-    next(islice(data.train.to("cpu", 1).batches(8, seed=0, epoch=1), 1, None))
+    next(islice(Batches(data.train, 8, seed=0, n_workers=1), 1, None))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -89,7 +90,3 @@ def test_what_is_no_folder_of_classes_is_refused(images):
         image_folder("images")
     shutil.copy(files[0], images / f"b/more{files[0].suffix}")
     assert len(image_folder("images").test) == 1
-
-
-def test_workers_are_as_many_as_the_cores_that_may_be_used():
-    assert 1 <= available_cores() <= os.cpu_count()

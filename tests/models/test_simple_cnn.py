@@ -4,7 +4,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from src.config import Refused
 from src.models import SimpleCNN
 
 
@@ -57,8 +56,3 @@ def test_dropout_acts_in_training_alone():
 def test_in_eval_mode_images_do_not_see_each_other():
     network, x = SimpleCNN((1, 8, 8), 10).eval(), torch.randn(16, 1, 8, 8)
     torch.testing.assert_close(network(x)[:1], network(x[:1]))
-
-
-def test_only_images():
-    with pytest.raises(Refused, match=r"images \[C, H, W\], not data of shape \(64,\)"):
-        SimpleCNN((64,), 10)

@@ -9,7 +9,7 @@ from src.models.summary import summarise
 NETWORKS = {
     "SimpleCNN": lambda: SimpleCNN((3, 32, 32), 10),
     "MLP": lambda: MLP((3, 32, 32), 10),
-    "ResNet18": lambda: ResNet18((3, 32, 32), 10, width=8),
+    "ResNet18": lambda: ResNet18((3, 32, 32), 10),
     "one layer": lambda: nn.Flatten(),
     "deep": lambda: models.mobilenet_v3_small(),
     "parameters beside parts": lambda: models.VisionTransformer(32, 8, 2, 2, 16, 32),
@@ -61,7 +61,7 @@ def test_several_outputs_and_unused_parts():
 
     _, text = summarise(Network(), torch.randn(2, 5, 4))
     assert [line.split()[:3] for line in text.splitlines()[1:3]] == [
-        ["recurrent", "GRU", "5x6"],
+        ["recurrent", "GRU", "-"],
         ["unused", "Linear", "-"],
     ]
 

@@ -120,7 +120,7 @@ def test_unknown_network(name):
 def test_settings_that_torchvision_refuses():
     with pytest.raises(Refused, match=r"resnet18 takes images \[3, H, W\], not data of shape \(1, 8, 8\)"):
         built("resnet18", (1, 8, 8))
-    with pytest.raises(Refused, match="vit_b_32 cannot be built: Input shape indivisible by patch size!"):
+    with pytest.raises(Refused, match=r"vit_b_32 cannot be built: .*Input shape indivisible by patch size!"):
         built("vit_b_32", (3, 33, 33), binding="image_size = 33")
     with pytest.raises(
         Refused, match=r"resnet18 cannot be built: .*multiple values for .*'layers'"
