@@ -29,9 +29,7 @@ from src.jobs import Launcher
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "batch", type=Path, help="the file of jobs; empty lines and those that begin with # are skipped"
-    )
+    parser.add_argument("batch", type=Path, help="the file of jobs, one a line; those that begin with # are skipped")
     parser.add_argument("--workers", type=int, metavar="N", help="jobs at a time; default: what the cores allow")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--gpus", type=lambda names: names.split(","), default=[], metavar="0,1",

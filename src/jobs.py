@@ -55,7 +55,7 @@ class Job:
 def read_batch(batch: str | Path) -> list[Job]:
     """The jobs of a batch file, in its order; empty lines and those that begin with # are none.
 
-    Raises Refused if the file cannot be read or holds no job, and for two jobs with the same line or run folder.
+    Raises Refused if the file cannot be read, and for two jobs with the same line or run folder.
     """
     batch = Path(batch)
     try:
@@ -72,8 +72,6 @@ def read_batch(batch: str | Path) -> list[Job]:
         if str(job) in jobs:
             raise Refused(f"{batch}:{number}: has the line or run folder of another, {job}: each job needs its own")
         jobs[str(job)] = job
-    if not jobs:
-        raise Refused(f"{batch}: holds no job: write one shell command a line")
     return list(jobs.values())
 
 
@@ -115,12 +113,13 @@ class Launcher:
     def __init__(self, batch: Path, options: argparse.Namespace, starter: str) -> None:
         self.jobs = [job for job in read_batch(batch) if options.only in (None, job.path.name)]
         if not self.jobs:
-            raise Refused(f"{batch}: has no job {options.only}, or no more: see the names in {batch}.jobs")
+            raise Refused(
+                f"{batch}: holds no job{f' {options.only}' if options.only else ', one shell command a line'}"
+            )
         self.waiting = [job for job in self.jobs if state(job) != "finished"]
         self.failures: Counter[Job] = Counter()
         self.signals: list[int] = []  # that ask to stop, in their order
         self.retry, self.starter, self.script = options.retry, starter, ""
-
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         at_once = len(options.gpus) or options.workers
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // (at_once or 8)))
@@ -174,9 +173,8 @@ class Launcher:
         began, log_began, n_passed_on = time.monotonic(), log.tell(), 0
         shell = subprocess.Popen(
             ["bash", "-c", OUTER, "bash", INNER + line, os.devnull if job.run else job.path.with_suffix(".done")],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            pass_fds=[log.fileno(), gpu.fileno()],
-            env=self.environment | ({"CUDA_VISIBLE_DEVICES": slot} if slot else {}),
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[log.fileno(), gpu.fileno()],
+            start_new_session=True, env=self.environment | ({"CUDA_VISIBLE_DEVICES": slot} if slot else {}),
         )  # fmt: skip
         self._say(job, "started")
         while shell.poll() is None:
@@ -185,10 +183,9 @@ class Launcher:
                 os.killpg(shell.pid, number)
             await asyncio.sleep(POLL_SECONDS)
         code = shell.returncode if shell.returncode >= 0 else 128 - shell.returncode
-        outcome, more = "finished", f"{time.monotonic() - began:.0f} s"
-        if state(job) != "finished":
-            # 0 without the end of the run: it was to stop at some step.
-            outcome = "stopped" if code == 0 or code - 128 in SIGNALS else "failed"
+        stopped = code == 0 or code - 128 in SIGNALS  # the first without the end of the run: it was to stop at a step
+        outcome = "finished" if state(job) == "finished" else "stopped" if stopped else "failed"
+        more = f"{time.monotonic() - began:.0f} s"
         if outcome == "failed":
             self.failures[job] += 1
             more += f"  exit code {code}"

@@ -57,8 +57,8 @@ def main(argv: list[str]) -> int:
     arguments, others = parser.parse_known_args(argv[1:])
     if others and arguments.command != "run":
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    results = Path(os.environ.get("RESULTS_DIR", ROOT / "results"))
-    folder = (arguments.folder or results / HERE.name / arguments.size).absolute()
+    results = os.environ.get("RESULTS_DIR", ROOT / "results")
+    folder = (arguments.folder or Path(results, HERE.name, arguments.size)).absolute()
     os.chdir(ROOT)  # where the lines of batch.sh are to be run
     folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     batch = folder / "batch.sh"

@@ -20,7 +20,7 @@ table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; }
 img { width: 100%; }
-.verdict { border-left: 4px solid #0072b2; padding-left: 1rem; }
+p { border-left: 4px solid #0072b2; padding-left: 1rem; }
 """
 
 
@@ -29,7 +29,7 @@ def report(folder: Path, axis: str, label: str, *, as_json: bool) -> None:
     runs = read_runs(folder, axis)
     counted = runs[runs["why"] == ""]
     left_out = runs[runs["why"] != ""].set_index("run")["why"].to_dict()
-    rows = [(v, *mean_interval(counted.loc[counted["value"] == v, "valid"].tolist())) for v in runs["value"].unique()]
+    rows = [(v, *mean_interval(counted.loc[counted["value"] == v, "valid"])) for v in runs["value"].unique()]
     table = pd.DataFrame(rows, columns=["value", "mean", "std", "interval", "n"])
     best, said = verdict(counted, table, label)
     shown = pd.DataFrame({
@@ -78,12 +78,12 @@ def verdict(runs: pd.DataFrame, table: pd.DataFrame, label: str) -> tuple[Any, l
     if not ranked:
         return None, ["No run is finished: nothing can be told yet."]
     best = ranked[0]
-    valid, test = ({v: group[name].tolist() for v, group in runs.groupby("value")} for name in ("valid", "test"))
-    mean, _, half, n = mean_interval(test[best])
+    of = dict(iter(runs.groupby("value")))
+    mean, _, half, n = mean_interval(of[best]["test"])
     spread = "" if math.isnan(half) else f" ± {half:.2f} (95 % interval)"
     said = [f"Best {label}: {best:g}, by the mean of val_{METRIC}. Test: {mean:.2f}{spread} %, n = {n}."]
     for second in ranked[1:2]:
-        p = welch(valid[best], valid[second])
+        p = welch(of[best]["valid"], of[second]["valid"])
         if p is None:
             said.append(f"Whether it differs from {second:g}: cannot tell, there are fewer than 3 seeds, or no spread.")
         else:
@@ -97,7 +97,7 @@ def verdict(runs: pd.DataFrame, table: pd.DataFrame, label: str) -> tuple[Any, l
 def page(title: str, said: list[str], shown: pd.DataFrame, runs: pd.DataFrame, out: Path) -> str:
     """report.html: all in one file; each run's number is linked to its folder."""
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"]
-    parts += [f"<h1>{title}</h1>", *(f"<p class=verdict>{html.escape(sentence)}</p>" for sentence in said)]
+    parts += [f"<h1>{title}</h1>", *(f"<p>{html.escape(sentence)}</p>" for sentence in said)]
     parts.append(shown.to_html(index=False, border=0, table_id="summary"))
     for name in ("accuracy", "curves"):
         image = base64.b64encode((out / f"{name}.png").read_bytes()).decode()

@@ -68,7 +68,7 @@ def array_of(printed: str) -> str:
 
 def test_without_sbatch_it_is_refused_and_nothing_created(place):  # noqa: F811
     batch("echo a")
-    assert "--slurm: there is no sbatch on PATH" in submit("", code=2, environment={"PATH": ""})
+    assert "--slurm: there is no squeue on PATH" in submit("", code=2, environment={"PATH": ""})
     assert [f.name for f in place.iterdir()] == ["batch.sh"]
 
 
@@ -81,7 +81,7 @@ def test_one_job_is_run_by_its_name_and_waited_for_if_it_runs_elsewhere(place): 
     began = time.monotonic()
     assert "started" not in launch("--only", name) and time.monotonic() - began > 0.5  # it has waited for its end
     assert "1 of 1 jobs are finished" in end(first) and lines_of("out") == ["a", "b"]
-    assert "has no job 0000" in launch("--only", "0000", code=2)
+    assert "batch.sh: holds no job 0000" in launch("--only", "0000", code=2)
 
 
 # --- arrays
