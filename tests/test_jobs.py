@@ -59,7 +59,7 @@ def start(*options, script=LAUNCH, environment=None, path="batch.sh") -> subproc
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
-def end(process: subprocess.Popen[str], code: int = 0, seconds: float = 120) -> str:
+def end(process: subprocess.Popen[str], code: int = 0, seconds: float = 600) -> str:
     """What it printed."""
     printed, errors = process.communicate(timeout=seconds)
     assert process.returncode == code, printed + errors
