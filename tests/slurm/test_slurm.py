@@ -41,7 +41,7 @@ def slurm(cluster, place):  # noqa: F811
     """An empty folder, the current one; what is in the queue after the test is cancelled."""
     yield place
     subprocess.run(["scancel", "--user", "root"], check=True)
-    wait_for(lambda: not queue())
+    wait_for(lambda: not queue(), 60)
 
 
 def ask(*command: str) -> str:
@@ -105,7 +105,7 @@ def test_each_job_runs_once_with_a_limit_of_jobs_at_a_time(slurm):
     printed = submit("", "--workers", "2")
     assert "6 of 6 jobs to submit, 0 are in the queue" in printed and ": 6 jobs" in printed
     assert re.search(r"0 of 6 jobs to submit, [56] are in the queue", submit())
-    wait_for(lambda: not queue(), 60)
+    wait_for(lambda: not queue(), 300)
     running, most, begun = 0, 0, []
     for k, what in (line.split() for line in Path("out").read_text().splitlines()):
         running += 1 if what == "begins" else -1
@@ -120,13 +120,13 @@ def test_each_job_runs_once_with_a_limit_of_jobs_at_a_time(slurm):
 def test_a_failing_job_stops_no_other_and_is_submitted_again_alone(slurm):
     batch("echo a >> out", "echo why >&2; [ -e fixed ]", "[ -e again ] || { touch again; exit 1; }")
     first = array_of(submit("", "--retry", "1"))
-    wait_for(lambda: not queue(), 60)
+    wait_for(lambda: not queue(), 300)
     assert [state(job) for job in read_batch("batch.sh")] == ["finished", "waiting", "finished"]
     said = Path(f"batch.sh.jobs/slurm.{first}_1.log").read_text()
     assert "exit code 1" in said and "| why" in said
     Path("fixed").touch()
     assert "1 of 3 jobs to submit" in submit()
-    wait_for(lambda: not queue(), 60)
+    wait_for(lambda: not queue(), 300)
     assert {state(job) for job in read_batch("batch.sh")} == {"finished"} and lines_of("out") == ["a"]
 
 
@@ -145,7 +145,7 @@ def go_on_at_once(task: str) -> None:
     """Until the run is finished. What goes back into the queue would wait there for two minutes."""
     time.sleep(2)  # in the second of its end Slurm refuses to start it again
     subprocess.run(["scontrol", "update", f"JobId={task}", "StartTime=now"], check=True)
-    wait_for(lambda: results.status(Path("run")) == "finished", 60)
+    wait_for(lambda: results.status(Path("run")) == "finished", 300)
 
 
 def committed() -> bool:
@@ -158,9 +158,9 @@ def test_a_run_whose_time_is_up_goes_back_into_the_queue_and_goes_on(slurm):
     """The signal that Slurm sends ahead of the time limit; the test sends it, since the least limit is a minute."""
     long_run()
     array = array_of(submit("--time=5"))
-    wait_for(committed, 60)
+    wait_for(committed, 300)
     subprocess.run(["scancel", "--batch", "--signal=USR1", f"{array}_0"], check=True)
-    wait_for(lambda: queue().get(f"{array}_0") == "PENDING", 60)
+    wait_for(lambda: queue().get(f"{array}_0") == "PENDING", 300)
     assert results.status(Path("run")) == "stopped"
     assert re.search(r"0 of 1 jobs to submit, 1 are in the queue", submit())
     go_on_at_once(f"{array}_0")
@@ -172,12 +172,12 @@ def test_a_run_whose_time_is_up_goes_back_into_the_queue_and_goes_on(slurm):
 def test_a_cancelled_run_has_saved_everything_and_is_submitted_again(slurm):
     long_run()
     array = array_of(submit("--comment='two words'"))
-    wait_for(committed, 60)
+    wait_for(committed, 300)
     subprocess.run(["scancel", array], check=True)
-    wait_for(lambda: not queue(), 60)
+    wait_for(lambda: not queue(), 300)
     assert results.status(Path("run")) == "stopped"
     assert "1 of 1 jobs to submit" in submit()
-    wait_for(lambda: not queue(), 60)
+    wait_for(lambda: not queue(), 300)
     assert results.first_difference("run", "calm") is None and results.status(Path("run")) == "finished"
 
 
@@ -193,10 +193,10 @@ def test_a_distributed_run_goes_back_into_the_queue_and_goes_on(slurm, options):
     subprocess.run(["bash", "-c", calm], check=True, capture_output=True, env=os.environ | {"PATH": path})
     batch(train_line("run", *settings))
     array = array_of(submit(options))
-    wait_for(committed, 60)
+    wait_for(committed, 300)
     assert read_meta(Path("run"))["starts"][0]["processes"] == 2
     subprocess.run(["scancel", "--batch", "--signal=USR1", f"{array}_0"], check=True)
-    wait_for(lambda: queue().get(f"{array}_0") == "PENDING", 60)
+    wait_for(lambda: queue().get(f"{array}_0") == "PENDING", 300)
     assert read_meta(Path("run"))["status"] == "stopped"
     go_on_at_once(f"{array}_0")
     assert results.first_difference("run", "calm") is None
@@ -211,6 +211,6 @@ def test_frozen_code_is_run_by_tasks(slurm):
     Path("tiny.gin").write_text(TINY)
     batch(train_line("run", "training_loop.n_epochs=1")).rename(folder / "batch.sh")
     submit("", "--frozen", path=folder / "batch.sh")
-    wait_for(lambda: not queue(), 60)
+    wait_for(lambda: not queue(), 300)
     assert results.status(Path("run")) == "finished"
     assert "/code/" in Path("run/command.sh").read_text()
