@@ -80,6 +80,7 @@ def test_the_best_rate_by_valid_with_its_test_metric_alone(made):
     assert "differs from the second, 0.001" in found["verdict"][1]
     assert len(found["verdict"]) == 2  # not at the edge
     assert [row["mean"] for row in found["table"]] == pytest.approx([91, 98.2, 45])
+    assert [row["SGD.lr"] for row in found["table"]] == [0.001, 0.03, 1.0]
     page = (made / "report/report.html").read_text()
     assert "90.00" in page and "97.20" in page and "44.00" not in page  # the test metric of another rate
     links = re.findall(r'href="([^"]+)"', page)

@@ -44,13 +44,14 @@ def report(folder: Path, axis: str, label: str, *, as_json: bool) -> None:
 
     out = folder / "report"
     out.mkdir(exist_ok=True)
-    table.rename(columns={"value": axis}).to_csv(out / "table.csv", index=False, float_format="%.6g")
+    named = table.rename(columns={"value": axis})
+    named.to_csv(out / "table.csv", index=False, float_format="%.6g")
     (out / "table.md").write_text(markdown, encoding="utf-8")
     plots.metric_by_setting(counted, table, label, out / "accuracy")
     plots.learning_curves(counted, label, f"val_{METRIC}", out / "curves")
     (out / "report.html").write_text(page(f"Which {label} is best?", said, shown, runs, out), encoding="utf-8")
     if as_json:
-        print(to_json({"best": best, "verdict": said, "table": table.to_dict("records"), "left_out": left_out}))
+        print(to_json({"best": best, "verdict": said, "table": named.to_dict("records"), "left_out": left_out}))
     else:
         print(markdown, *said, *(f"{run}: {why}" for run, why in left_out.items()), out / "report.html", sep="\n")
 
