@@ -3,7 +3,7 @@
 
     experiments/tune_lr/main.py prepare --size small     # writes configs and batch.sh
     experiments/tune_lr/main.py run --size small         # Ctrl-C pauses; the same command goes on
-    experiments/tune_lr/main.py run --size large --slurm "--partition=gpu --time=8:00:00" --workers 8
+    experiments/tune_lr/main.py run --size large --slurm "--partition=gpu" --workers 8     # options of bin/launch.py
     experiments/tune_lr/main.py status --size small
     experiments/tune_lr/main.py report --size small      # table, plots and report.html
 
@@ -18,7 +18,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from src import grid, jobs, slurm
+from src import jobs
 from src.config import Refused
-from src.results import load_config, load_history
+from src.results import overview
 
 AXIS, LABEL = "SGD.lr", "learning rate"
 SIZES: dict[str, dict[str, Sequence[Any]]] = {
@@ -50,36 +49,33 @@ SIZES: dict[str, dict[str, Sequence[Any]]] = {
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    prepare = commands.add_parser("prepare", help="write configs and batch.sh")
-    run = commands.add_parser("run", help="run what is not finished")
-    status = commands.add_parser("status", help="a table of the jobs")
-    report = commands.add_parser("report", help="table, plots and verdict")
-    slurm.add_options(run)
-    status.add_argument("--every", type=float, metavar="SECONDS", help="refresh until all are finished")
-    report.add_argument("--json", action="store_true", help="print it as JSON")
-    for command in (prepare, run, status, report):
-        command.add_argument("--size", choices=SIZES, default="small")
-        command.add_argument("--folder", type=Path, help=f"default: {HERE.name}/SIZE in $RESULTS_DIR, or in results")
-    arguments = parser.parse_args(slurm.joined(argv)[1:])
-    results = Path(os.environ.get("RESULTS_DIR", ROOT / "results"))
-    folder = (arguments.folder or results / HERE.name / arguments.size).absolute()
+    parser.add_argument("command", choices=["prepare", "run", "status", "report"])
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--folder", type=Path, help=f"default: {HERE.name}/SIZE in $RESULTS_DIR, or in results")
+    parser.add_argument("--every", type=float, metavar="SECONDS", help="status: refresh until all are finished")
+    parser.add_argument("--json", action="store_true", help="report: print it as JSON")
+    arguments, others = parser.parse_known_args(argv[1:])
+    if others and arguments.command != "run":
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    results = os.environ.get("RESULTS_DIR", ROOT / "results")
+    folder = (arguments.folder or Path(results, HERE.name, arguments.size)).absolute()
     os.chdir(ROOT)  # where the lines of batch.sh are to be run
     folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     batch = folder / "batch.sh"
     try:
         if arguments.command == "prepare":
-            if strange := [v for size in SIZES.values() for v in size[AXIS] if type(v) not in (int, float)]:
-                raise Refused(f"AXIS {AXIS} has the value {strange[0]!r}: the report compares numbers")
-            grid.prepare(folder, (HERE / "base.gin").read_text(encoding="utf-8"), SIZES[arguments.size])
+            from src import grid  # torch takes a second
+
+            if not all(isinstance(value, int | float) for value in SIZES[arguments.size][AXIS]):
+                raise Refused(f"{AXIS}: has a value that is no number: the report compares numbers")
+            grid.prepare(folder, HERE / "base.gin", SIZES[arguments.size])
             print(f"{batch}: {len(jobs.read_batch(batch))} jobs")
         elif not batch.exists():
             raise Refused(f"{folder}: has no batch.sh: write it with main.py prepare")
         elif arguments.command == "run":
-            return slurm.run(batch, arguments)
+            os.execv(sys.executable, [sys.executable, str(ROOT / "bin/launch.py"), str(batch), *others])
         elif arguments.command == "status":
-            with suppress(KeyboardInterrupt):
-                show_status(batch, arguments.every)
+            show_status(batch, arguments.every)
         else:
             import report as reporting  # pandas and matplotlib take a second
 
@@ -87,34 +83,34 @@ def main(argv: list[str]) -> int:
     except (Refused, OSError) as error:
         print(f"main.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # ends a status that refreshes
+        pass
     return 0
 
 
 def show_status(batch: Path, every: float | None) -> None:
-    """Prints the table of jobs, again and again if `every` is given, until all are finished."""
+    """Prints the table of jobs; again and again, if `every` (seconds) is given, until all are finished."""
     while True:
-        states = [(job, jobs.state(job)) for job in jobs.read_batch(batch)]
-        rows = [f"{state:9} {progress(job.run, state) if job.run else '':38} {job}" for job, state in states]
-        clear = "\x1b[H\x1b[2J" if every and sys.stdout.isatty() else ""
-        print(clear + "\n".join(rows), flush=True)
-        if not every or every < 0 or all(state == "finished" for _, state in states):
+        states = {job: jobs.state(job) for job in jobs.read_batch(batch)}
+        if every and sys.stdout.isatty():
+            print(end="\x1b[H\x1b[2J")
+        for job, state in states.items():
+            print(f"{state:10} {progress(job.run) if job.run else '':38} {job}", flush=True)
+        if not every or set(states.values()) == {"finished"}:
             return
         time.sleep(every)
 
 
-def progress(run: Path, state: str) -> str:
-    """Epochs, images a second and, by the last epoch's time, what is left of a run; of a failed one its last words."""
-    try:
-        if state == "failed":
-            return (run / "stderr.txt").read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-        history, n_epochs = load_history(run), int(load_config(run)["training_loop.n_epochs"])
-        done = f"epoch {len(history)}/{n_epochs}"
-        if state not in ("running", "stalled") or not history:
-            return done
-        left = (n_epochs - len(history)) * history[-1]["time"]
-        return f"{done}  {history[-1]['images_per_s']:,.0f} images/s  {left:.0f} s left"
-    except (Refused, OSError, KeyError, ValueError):  # not begun, or damaged: the state says which
+def progress(run: Path) -> str:
+    """Epochs and, while it runs, images a second and, by the last epoch's time, the seconds left."""
+    seen = overview(run)
+    if "config" not in seen:  # not begun, or damaged
         return ""
+    done, n_epochs, last = seen["epochs"], int(seen["config"]["training_loop.n_epochs"]), seen["last_epoch"]
+    if seen["status"] != "running" or not last:
+        return f"epoch {done}/{n_epochs}"
+    left = (n_epochs - done) * last["time"]
+    return f"epoch {done}/{n_epochs}  {last['images_per_s']:,.0f} images/s  {left:.0f} s left"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -35,27 +34,24 @@ def figure(path: Path, x: str, y: str) -> Iterator[Axes]:
 def metric_by_setting(runs: pd.DataFrame, table: pd.DataFrame, label: str, path: Path) -> None:
     """A point a run, and mean and 95 % interval of each setting, on a log axis if they are far apart."""
     with figure(path, label, "best validation accuracy (%)") as axes:
-        known, values = table[table["n"] > 0].sort_values("value"), table["value"]
-        axes.errorbar(known["value"], known["mean"], known["interval"], capsize=4, label="mean, 95 % interval")
+        table = table.sort_values("value")
+        axes.errorbar(table["value"], table["mean"], table["interval"], capsize=4, label="mean, 95 % interval")
         axes.scatter(runs["value"], runs["valid"], color=COLOURS[1], s=14, alpha=0.7, zorder=3, label="a run")
-        if values.min() > 0 and values.max() / values.min() > 5:
+        if table["value"].min() > 0 and table["value"].max() / table["value"].min() > 5:
             axes.set_xscale("log")
-        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.set_xticks(table["value"], table["value"].map("{:g}".format))
         axes.minorticks_off()
-        if len(runs):
-            axes.legend()
+        axes.legend()
 
 
 def learning_curves(runs: pd.DataFrame, label: str, column: str, path: Path) -> None:
     """The column by epoch: a line a setting, the mean over its runs, with all of them in between shaded."""
     with figure(path, "epoch", "validation accuracy (%)") as axes:
         for value, group in runs.groupby("value"):
-            histories = [load_history(run) for run in group["run"]]
-            n = min(map(len, histories))
-            values = np.array([[row[column] for row in history[:n]] for history in histories])
-            epochs = np.arange(1, n + 1)
-            (line,) = axes.plot(epochs, values.mean(axis=0), markevery=max(1, n // 5), ms=4, label=f"{value:g}")
-            axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15, lw=0)
+            curves = pd.DataFrame([[row[column] for row in load_history(run)] for run in group["run"]])
+            epochs, every = curves.columns + 1, max(1, len(curves.columns) // 5)
+            (line,) = axes.plot(epochs, curves.mean(), markevery=every, ms=4, label=f"{value:g}")
+            axes.fill_between(epochs, curves.min(), curves.max(), color=line.get_color(), alpha=0.15, lw=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if len(runs):
             axes.legend(title=label)
