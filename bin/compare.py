@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from src import results
 from src.config import Refused, refused_at
-from src.record import changed_files
+from src.record import changed_files, changes
 from src.reproduce import surroundings
 from src.run import read_meta
 
@@ -48,10 +48,10 @@ def compare(a: Path, b: Path) -> dict[str, list[str]]:
             versions.append(surroundings(run))
     settings, first = [results.load_config(run) for run in (a, b)], results.first_difference(a, b)
     return {
-        "settings": list(results.changes(*settings).values()),
-        "data": list(results.changes(*data).values()),
+        "settings": list(changes(*settings).values()),
+        "data": list(changes(*data).values()),
         "code": changed_files(code[1], code[0]),
-        "versions": list(results.changes(*versions).values()),
+        "versions": list(changes(*versions).values()),
         "history": [first] if first else [],
     }
 

@@ -16,8 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from src.config import Failed, Refused
+from src.record import changes
 from src.reproduce import reproduce, surroundings
-from src.results import changes, first_difference
+from src.results import first_difference
 
 
 def main(argv: list[str]) -> int:

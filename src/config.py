@@ -37,6 +37,9 @@ class Failed(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition("Failed: ")[2].strip())  # a worker's comes with its traceback
+
 
 class Refused(Exception):
     """A mistake of the user's: shown as one message, without traceback, exit 2."""
@@ -299,16 +302,18 @@ def check(settings: Settings) -> Config:
             with refused_at(where, MISTAKE):
                 _refuse_unfit(part, parameter, value)
     values = _walk(lambda part: _defaults(part) | parts.get(part.rpartition("/")[2], {}) | parts.get(part, {}))
-    # The loop builds what its own settings name, with what it supplies.
-    for part in [LOOP, *_leaves(values[LOOP], Reference)]:
+    # The loop builds what its own settings name, and first_available its members, with what the loop supplies.
+    for part in [LOOP, *_leaves([values[LOOP], *(given.get("of") for given in values.values())], Reference)]:
         for parameter, p in _settable(part).items():
             if p.default is p.empty and parameter not in {"**", *LOOP_SUPPLIES, *values[part]}:
                 raise Refused(f"{part}.{parameter} has no value: add a line {part}.{parameter} = ... to a config")
     used = {*values, *(part.rpartition("/")[2] for part in values)}
     unused = [(key, where) for key, (_, where) in settings.bindings.items() if key.rpartition(".")[0] not in used]
     warnings = [f"{where}: nothing uses {key} in this config" for key, where in unused]
-    if typed := [warning for warning in warnings if warning.startswith("-b ")]:
-        raise Refused(typed[0])
+    for (key, where), warning in zip(unused, warnings, strict=True):
+        if where.startswith("-b "):
+            meant = [f" (did you mean {part}.{key}?)" for part, given in values.items() if key in given]
+            raise Refused(warning + "".join(meant[:1]))
     return Config(values, list(settings.imports), warnings)
 
 

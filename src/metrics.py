@@ -10,6 +10,7 @@ import gin
 import torch
 from torch import Tensor, nn
 
+from src.callbacks.progress import NOT_METRICS
 from src.config import Refused, library, nearest, register_builder
 from src.distributed import ALONE, Team
 
@@ -62,8 +63,9 @@ class Sums(nn.Module):
         super().__init__()
         self.loss, self.metrics, self.team = loss, nn.ModuleList(metrics), team
         self.names = [str(getattr(m, "name", type(m).__name__.lower())) for m in metrics]
-        if len(set(self.names)) < len(self.names):
-            raise Refused(f"two metrics have one name: {', '.join(self.names)}: give one a scope")
+        taken = [*self.names, "loss", *NOT_METRICS]
+        if twice := [name for name in self.names if taken.count(name) > 1]:
+            raise Refused(f"a metric is named {twice[0]}, as another column of history.csv is: give it a scope")
         self.reset()
 
     def update(self, output: Tensor, y: Tensor, n: int) -> Tensor:

@@ -12,10 +12,12 @@ import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from src.config import ROOT, Refused
 
 MAX_CODE_FILE = 2**20  # bytes; larger files are data, not code
+NO_CODE = (".git", ".venv", ".hypothesis", "data", "results", "e.local.sh")  # in the root
 COMPUTES = (".py", ".sh", ".toml", "requirements.txt")  # ends of names of code; the others are texts and data
 
 
@@ -58,14 +60,13 @@ def git_state() -> str:
 def code_files() -> dict[str, bytes]:
     """The code as it is now: what git tracks or would, up to 1 MB a file, without results/ and other run folders.
 
-    Without git: all such files of the root and of the project's own folders.
+    Without git: all but for what git would ignore.
     """
     if listed := git("ls-files", "-z", "--cached", "--others", "--exclude-standard"):
         files = [ROOT / name for name in listed.split("\0") if name]
     else:
-        folders = ("bin", "src", "configs", "experiments", "tests", "benchmarks")
-        files = [*ROOT.glob("*.*"), *(f for name in folders for f in (ROOT / name).rglob("*"))]
-        files = [f for f in files if "__pycache__" not in f.parts and f.name != "e.local.sh"]
+        top = [f for f in ROOT.iterdir() if f.name not in NO_CODE and not f.match(".*_cache")]
+        files = [f for path in top for f in (path, *path.rglob("*")) if "__pycache__" not in f.parts]
     # Runs and results are no code; and to read the lock of the own run is to lose it.
     others = {ROOT / "results", *(f.parent for f in files if f.name == "HEARTBEAT")}
     code = [f for f in files if others.isdisjoint(f.parents) and f.is_file() and f.stat().st_size <= MAX_CODE_FILE]
@@ -118,6 +119,17 @@ def changed_files(code: Mapping[str, bytes] | Path, archive: Path) -> list[str]:
         return [f"not known which, {refusal}"]
     changed = [name for name in sorted(now.keys() | before.keys()) if now.get(name) != before.get(name)]
     return [name for name in changed if name.endswith(COMPUTES) and not name.startswith("tests/")]
+
+
+def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, str]:
+    """`name: in a -> in b` for each name that has another value, or none, in the other; NaN is equal to NaN here."""
+    lines = {}
+    for name in dict.fromkeys([*a, *b]):
+        x, y = (values.get(name, "(not set)") for values in (a, b))
+        if x != y and not (x != x and y != y):
+            step = f" ({y - x:+.3g})" if isinstance(x, float) and isinstance(y, float) else ""
+            lines[name] = f"{name}: {x} -> {y}{step}"
+    return lines
 
 
 def copy_configs(files: Sequence[Path], folder: Path) -> None:

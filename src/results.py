@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import gin
 
 from src.config import Refused, read, read_flat, refused_at
+from src.record import changes
 from src.run import is_locked, read_checkpoint, read_meta, write
 
 if TYPE_CHECKING:
@@ -143,17 +144,6 @@ def to_json(value: Any) -> str:
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=2)
 
 
-def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, str]:
-    """`name: in a -> in b` for each name that has another value, or none, in the other; NaN is equal to NaN here."""
-    lines = {}
-    for name in dict.fromkeys([*a, *b]):
-        x, y = (values.get(name, "(not set)") for values in (a, b))
-        if x != y and not (x != x and y != y):
-            step = f" ({y - x:+.3g})" if isinstance(x, float) and isinstance(y, float) else ""
-            lines[name] = f"{name}: {x} -> {y}{step}"
-    return lines
-
-
 def first_difference(a: str | Path, b: str | Path) -> str | None:
     """The first epoch and column where two runs' histories part, or their test metrics; None if they are equal.
 
@@ -218,8 +208,11 @@ def _load(run: Path, weights: Literal["best", "last"]) -> tuple["nn.Module", dic
         data = read_meta(run)["data"]
         shapes = {"input_shape": tuple(data["input_shape"]), "n_classes": data["n_classes"]}
     configure(read([str(run / "config.gin")])).apply()
+    settings = gin.get_bindings("training_loop")
     with torch.random.fork_rng(devices=[]):
-        network: nn.Module = build(gin.get_bindings("training_loop")["model"], **shapes)
+        network: nn.Module = build(settings["model"], **shapes)
+    if settings["precision"] == "fp64":
+        network.double()
     with refusing(f"{path}: does not fit the model of the code here"):
         network.load_state_dict(state["network"])
     return network.eval(), state
@@ -237,7 +230,7 @@ def evaluate(
 
     from src.data.dataset import Batches
     from src.metrics import Sums
-    from src.training_loop import build, find_device, memory_format_of
+    from src.training_loop import build, find_device, forward, memory_format_of
 
     network, best = _load(Path(run), "best")
     settings = gin.get_bindings("training_loop")
@@ -254,7 +247,7 @@ def evaluate(
     outputs, targets = [], []
     with torch.inference_mode():
         for x, y in batches:
-            output = network(x)
+            output = forward(network, x, settings["precision"])
             sums.update(output, y, len(y))
             outputs.append(output)
             targets.append(y)

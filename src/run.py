@@ -37,6 +37,8 @@ PACKAGES = ("torch", "torchvision", "poutyne", "gin-config", "numpy")  # whose v
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 DIGEST_BYTES = 32
 HEARTBEAT_SECONDS = 10.0
+# Settings that say which images the batches of an epoch hold: they may change between epochs only.
+OF_AN_EPOCH = {"data", *(f"training_loop.{name}" for name in ("batch_size", "accumulate", "steps_per_epoch", "seed"))}
 OWN: set[Path] = set()  # folders whose lock this process holds
 
 
@@ -62,8 +64,10 @@ class Run:
         self.is_pruned = False  # whether the run has finished, and its checkpoints were deleted since
         self.changed: dict[str, str] = {}  # settings, or "data", that are not as they were: "name: old -> new"
         self._is_recorded = False
+        self._facts: dict[str, Any] = {}  # meta.json's, of the settings as they are now
+        self._went_back = False  # to the commit before the last
         self._heartbeat = -1  # the descriptor of HEARTBEAT, which is locked
-        self._beat_at = -math.inf
+        self._beat_at, self._step = -math.inf, 0
         self._look()
 
     # --- before anything is written
@@ -110,20 +114,33 @@ class Run:
         owner = f"process {start['pid']} on {start['host']}" if start else "another process"
         raise Refused(f"{self.path}: {owner} is writing to this run: wait for it, or choose another folder")
 
-    def refuse_changes(self, data: Mapping[str, Any], *, accept: bool) -> None:
-        """Compares settings and data with those of the folder's run.
+    def last_commit(self) -> dict[str, Any] | None:
+        """The last commit, or the one before if that is damaged; None if there is none. Raises Refused if both are."""
+        if not self.has_commit:
+            return None
+        try:
+            return read_checkpoint(self.path / "checkpoint.pt")
+        except Damaged as damage:
+            self._went_back = True
+            self.warn(f"{damage}: going back to the commit before")
+        try:
+            return read_checkpoint(self.path / "checkpoint.prev.pt")
+        except Damaged:
+            advice = "best.pt holds the best weights (training_loop.init_from starts a new run from them)"
+            raise Refused(f"{self.path}: checkpoint.pt and checkpoint.prev.pt are damaged: {advice}") from None
+
+    def refuse_changes(self, data: Mapping[str, Any], state: Mapping[str, Any] | None, *, accept: bool) -> None:
+        """Compares settings and data with those that the commit `state` holds, or config.gin if there is none any more.
 
         Raises Refused when a difference would change what is computed (with `accept` it is warned of and recorded
-        instead), or when a finished run whose checkpoints were deleted is to have more epochs.
+        instead), and for what the run cannot do with its new settings.
         """
-        from src.results import changes  # which needs this module
-
-        if not (self.has_commit or self.is_pruned):
+        if not (state or self.is_pruned):
             return
-        old, new = read_flat(self.path / "config.gin"), self.config.flat()
-        for flat, found in ((old, self.meta["data"]), (new, data)):
+        old, new = dict(state["config"]) if state else read_flat(self.path / "config.gin"), self.config.flat()
+        for flat, found in ((old, state["data"] if state else self.meta["data"]), (new, data)):
             flat["data"] = f"{found['name']} (fingerprint {found['fingerprint'][:12]})"
-        for key, line in changes(old, new).items():
+        for key, line in record.changes(old, new).items():
             # What only the code's defaults have added is the code's change, which is recorded as such.
             if key not in FREE and (key in old or key in self.settings.bindings):
                 self.changed[key] = line
@@ -131,36 +148,34 @@ class Run:
             lines = [f"{self.path}: holds a run with other settings (old -> new):", *self.changed.values()]
             advice = "use the old ones, start a new run in another folder, or take the new ones with "
             raise Refused("\n  ".join(lines) + f"\n{advice}training_loop.accept_changes=True")
-        if self.is_pruned and int(new["training_loop.n_epochs"]) > int(old["training_loop.n_epochs"]):
+        n_epochs = int(new["training_loop.n_epochs"])
+        if self.is_pruned and (self.changed or n_epochs > int(old["training_loop.n_epochs"])):
             advice = f"training_loop.init_from='{self.path}' starts a new run from its best weights"
             raise Refused(f"{self.path}: the run's checkpoints were deleted, it cannot go on: {advice}")
+        if state and self.changed and state["epoch"] >= n_epochs:
+            advice = "raise training_loop.n_epochs to train with the new settings"
+            raise Refused(f"{self.path}: {state['epoch']} epochs are done, nothing is left to train: {advice}")
+        if state and state["step"] and (of_epoch := OF_AN_EPOCH & self.changed.keys()):
+            advice = f"finish epoch {state['epoch'] + 1} with the old one first"
+            raise Refused(f"{self.path}: {min(of_epoch)} cannot change inside an epoch: {advice}")
+        begun, asked = self.meta.get("init_from", {}).get("run"), self.settings.last("training_loop.init_from", None)
+        if asked not in (None, begun):
+            raise Refused(f"training_loop.init_from = {asked!r}, but the run began from {begun or 'random weights'}")
 
     # --- open and close
 
-    def open(self) -> dict[str, Any] | None:
-        """Makes the folder if it is not there, and returns the last commit, or the one before if that is damaged.
+    def open(self) -> None:
+        """From here on the folder is the run's: it is made if it is not there.
 
-        Raises Refused if both are damaged or another process has just made a run here.
+        Raises Refused if another process has just made a run here.
         """
         if self._heartbeat < 0:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
             if os.listdir(self.path) != ["HEARTBEAT"]:
                 raise Refused(f"{self.path}: another process is writing to this run, or has just done so")
-        if not self.has_commit:
-            return None
-        last, previous = self.path / "checkpoint.pt", self.path / "checkpoint.prev.pt"
-        try:
-            return read_checkpoint(last)
-        except Damaged as damage:
-            self.warn(f"{damage}: going back to the commit before")
-        try:
-            state = read_checkpoint(previous)
-        except Damaged:
-            advice = "best.pt holds the best weights (training_loop.init_from starts a new run from them)"
-            raise Refused(f"{self.path}: checkpoint.pt and checkpoint.prev.pt are damaged: {advice}") from None
-        os.replace(previous, last)
-        return state
+        if self._went_back:
+            os.replace(self.path / "checkpoint.prev.pt", self.path / "checkpoint.pt")
 
     def record(self, state: Mapping[str, Any] | None, facts: Mapping[str, Any], start: Mapping[str, Any]) -> None:
         """Writes down what runs from now on, from the commit `state`; `facts` and `start` go into meta.json."""
@@ -170,7 +185,11 @@ class Run:
         if not state:  # what was killed before its first commit leaves its starts alone
             self.meta = {"starts": self.meta["starts"], "warnings": self.meta["warnings"]}
         meta, now, number = self.meta, timestamp(), len(self.meta["starts"]) + 1
+        self._facts = dict(facts)
         self._settle(state)
+        before = meta["starts"][-1]["threads"] if state else start["threads"]
+        if start["device"] == "cpu" and start["threads"] != before:
+            self.warn(f"{before} threads until now, {start['threads']} from here on (OMP_NUM_THREADS): other last bits")
         for change in self.changed.values():
             self.warn(f"the run goes on with another setting: {change}")
         code = record.code_files()
@@ -189,11 +208,12 @@ class Run:
             "code": meta["code"], "config": self.config.text(),
         }  # fmt: skip
         meta["starts"].append(entry)
-        meta |= {"status": "running", "exit": None, **facts}
+        meta |= {"status": "running", "exit": None}
         self._is_recorded = True
-        if not self.changed:  # else config.gin says it once a commit holds it
-            self.write_config()
-        self._write_meta()
+        if self.changed:  # what is new stands in the folder once a commit holds it
+            self._write_meta()
+        else:
+            self.write_settings()
         script = self.path / "command.sh"
         if not script.exists():
             script.write_text("#!/usr/bin/env bash\n# Each start of this run: the exact command.\n")
@@ -212,9 +232,11 @@ class Run:
         for name, value in values.items():
             self.config = self.config.set(f"training_loop.{name}", value)
 
-    def write_config(self) -> None:
-        """config.gin: the settings that the run goes on with."""
+    def write_settings(self) -> None:
+        """config.gin, and the facts in meta.json: what the run goes on with."""
         write(self.path / "config.gin", self.config.text())
+        self.meta |= self._facts
+        self._write_meta()
 
     def close(self, status: str, exit_code: int, message: str) -> int:
         """Says how the run ended, in the folder and on stderr; FINISHED is written last of all.
@@ -223,6 +245,8 @@ class Run:
         """
         if self._is_recorded:
             try:
+                self._beat_at = -math.inf
+                self.beat(self._step)
                 self.meta["starts"][-1] |= {"stop": timestamp(), "status": status, "exit": exit_code}
                 self.meta |= {"status": status, "exit": exit_code}
                 self._write_meta()
@@ -261,7 +285,7 @@ class Run:
 
     def beat(self, step: int) -> None:
         """HEARTBEAT: the last step and its time, rewritten at most every 10 s."""
-        now = time.monotonic()
+        now, self._step = time.monotonic(), step
         if now - self._beat_at > HEARTBEAT_SECONDS:
             self._beat_at = now
             line = f"step {step} {timestamp()}\n".encode()
@@ -288,6 +312,8 @@ class Run:
     def commit(self, state: Mapping[str, Any]) -> None:
         """Makes the state durable at once; the commit before is kept as checkpoint.prev.pt."""
         self._refuse_gone()
+        config = {key: value for key, value in self.config.flat().items() if key not in FREE}
+        state = {**state, "config": config, "data": self._facts["data"]}
         write_checkpoint(self.path / "checkpoint.pt", state, previous=self.path / "checkpoint.prev.pt")
 
     def write_best(self, state: Mapping[str, Any]) -> None:
@@ -314,8 +340,8 @@ class Shadow(Run):
     def _ignore(self, *_: Any, **__: Any) -> Any:
         """The first does it."""
 
-    _look = refuse_changes = open = warn = beat = commit = _ignore
-    write_config = write_history = write_best = unfinish = why_lost = _ignore
+    _look = last_commit = refuse_changes = open = warn = beat = commit = _ignore
+    write_settings = write_history = write_best = unfinish = why_lost = _ignore
 
     def record(self, *_: Any) -> None:
         """From now on what is printed goes into the folder."""

@@ -52,6 +52,8 @@ class StopRequest:
 
     def _receive(self, number: int, frame: Any) -> None:
         again = number == self.signal == signal.SIGINT and time.monotonic() - self._time >= AGAIN_SECONDS
+        if number == signal.SIGINT and self._wait and not self.signal:
+            os.write(2, b"stopping after this step; Ctrl-C again stops at once\n")
         self.signal, self._time = number, self._time if number == self.signal else time.monotonic()
         if again or not self._wait:
-            self.raise_if_asked()
+            self.raise_if_asked(", at once; what was committed stays" if again else "")

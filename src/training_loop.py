@@ -41,6 +41,10 @@ from src.stop import Stopped, StopRequest
 
 BUCKET_MB = 25  # of gradients that DistributedDataParallel sums at once
 ADVICE = "try a lower learning rate, or training_loop.detect_anomaly=True"
+LIMITS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("n_epochs", "batch_size", "accumulate", "log_every", "steps_per_epoch", "stop_at"), (1, math.inf)),
+    "n_workers": (0, math.inf), "seed": (0, 2**63 - 1), "ema_decay": (0, 0.999999), "clip_norm": (1e-9, math.inf),
+}  # fmt: skip
 
 
 @gin.register("training_loop", denylist=["run", "stop", "team"])
@@ -96,9 +100,10 @@ class TrainingLoop:
         does not fit, Stopped if a signal or stop_at asked for it, Failed if loss or weights are no longer finite.
         """
         run, stop, team = self.run, self.stop, self.team
-        for name in ("n_epochs", "batch_size", "accumulate", "log_every", "steps_per_epoch", "stop_at"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise Refused(f"training_loop.{name} = {value}, but it must be at least 1")
+        for name, (least, most) in LIMITS.items():
+            if (value := getattr(self, name)) is not None and not least <= value <= most:
+                limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise Refused(f"training_loop.{name} = {value}, but it must be {limits}")
         self.commit_steps, self.commit_seconds = read_interval(self.commit_every)
         self.place = find_device(self.device)
         team.start(self.place)
@@ -112,8 +117,9 @@ class TrainingLoop:
             run.config = run.config.choose("data", data.choice)
         sizes = {"n_train": n, "n_valid": len(data.valid), "n_test": len(data.test), "n_classes": data.n_classes}
         about = {"name": data.name, "fingerprint": data.fingerprint, "input_shape": list(data.input_shape), **sizes}
-        run.refuse_changes(about, accept=self.accept_changes)
-        is_pruned, has_commit, run.changed = team.share((run.is_pruned, run.has_commit, run.changed))
+        state = run.last_commit()
+        run.refuse_changes(about, state, accept=self.accept_changes)
+        is_pruned, state, run.changed = team.share((run.is_pruned, state, run.changed))
         if is_pruned:
             print(f"{run.path}: is finished, nothing is left to train")
             team.end()
@@ -129,21 +135,24 @@ class TrainingLoop:
         model_name = run.config.flat()["training_loop.model"][1:]
         facts = {"data": about, "model": model_name, "parameters": sum(p.numel() for p in trainer.parameters)}
         facts |= {"seed": self.seed, "monitor": self.monitor, "monitor_mode": self.monitor_mode}
-        if self.init_from and not has_commit:
-            facts["init_from"] = start_from(self.init_from, trainer.network)
+        if self.init_from and not state:
+            facts["init_from"] = start_from(self.init_from, trainer)
+        if state:
+            with refusing(f"{run.path}: the run's last commit does not fit the settings as they are now"):
+                trainer.restore(state)
 
         # From here on the folder is the run's.
         with stop.deferred():
-            state = team.share(run.open())
-            if state:
-                with refusing(f"{run.path}: the run's last commit does not fit the settings as they are now"):
-                    trainer.restore(state)
+            run.open()
             start = {"device": str(self.place), "threads": torch.get_num_threads(), "processes": team.size}
             run.record(state, facts, start)
         stop.raise_if_asked()
 
         # Trained, unless it is done.
         at = Position(**{key: state[key] for key in vars(Position())}) if state else Position()
+        at.stopped &= not run.changed
+        if {"training_loop.monitor", "training_loop.monitor_mode"} & run.changed.keys():
+            at.best = Position().best
         first, n_epochs = at.epoch + 1, at.epoch if at.stopped else max(self.n_epochs, at.epoch)
         left = f"epoch {first} to {n_epochs}" if first <= n_epochs else "nothing is left to train"
         print(f"{run.path}: {model_name} on {data.name} ({n} images), {self.place}, {left}")
@@ -298,13 +307,14 @@ def try_one_batch(trainer: "Trainer") -> str:
     return summary
 
 
-def start_from(folder: str, network: nn.Module) -> dict[str, Any]:
+def start_from(folder: str, trainer: "Trainer") -> dict[str, Any]:
     """Loads the best weights of another run. Raises Refused without a run or with other shapes."""
     what, best = f"training_loop.init_from = {folder!r}", Path(folder, "best.pt")
     if not best.exists():
         raise Refused(f"{what}: there is no {best}")
     with refusing(what):
-        network.load_state_dict(read_checkpoint(best)["network"])
+        for network in (trainer.network, trainer.shown):
+            network.load_state_dict(read_checkpoint(best)["network"])
     return {"run": folder, "sha256": hashlib.sha256(best.read_bytes()).hexdigest()}
 
 
@@ -384,7 +394,7 @@ class Trainer(poutyne.Model):
             self.averaged.load_state_dict(state["averaged"] or state["network"])
             self.n_averaged = state["n_averaged"]
         changed, name = self.loop.run.changed, self.loop.run.config.flat()["training_loop.optimizer"][1:]
-        if "training_loop.optimizer" not in changed:  # another one begins anew
+        if not {"training_loop.optimizer", f"{name}.amsgrad"} & changed.keys():  # they begin anew
             self.optimizer.load_state_dict(state["optimizer"])
         accepted = {key: value for key, value in self.optimizer.defaults.items() if f"{name}.{key}" in changed}
         if "lr" in accepted:
@@ -439,14 +449,15 @@ class Trainer(poutyne.Model):
 
     def _compute_loss_and_metrics(self, x: Any, y: Any, **_: Any) -> tuple[Tensor, tuple[()], None]:
         network, n = (self.trained, self.batches.n) if self.network.training else (self.validated, self.valid.n)
-        if self.precision == "fp64":
-            x = x.double()
-        if self.precision == "bf16":
-            with torch.autocast(x.device.type, torch.bfloat16):
-                output = network(x).float()
-        else:
-            output = network(x)
-        return self.sums.update(output, y, n), (), None
+        return self.sums.update(forward(network, x, self.precision), y, n), (), None
+
+
+def forward(network: Callable[[Tensor], Tensor], x: Tensor, precision: str) -> Tensor:
+    """The network's output [B, ...] for a batch x [B, ...], as training_loop.precision says."""
+    if precision == "bf16":
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return network(x).float()
+    return network(x.double() if precision == "fp64" else x)
 
 
 # --- commits --------------------------------------------------------------------------------------
@@ -509,14 +520,17 @@ class Commits(poutyne.Callback):
             return
         state, self.state = self.state, None
         self.trainer.restore(state)
-        for callback, (name, saved) in zip(self.callbacks, state["callbacks"], strict=False):
-            if name == type(callback).__name__:  # or it is an accepted change
-                external.load_state_dict(callback, saved)
+        for callback in self.callbacks:  # the list may be an accepted change
+            for k, (name, saved) in enumerate(state["callbacks"]):
+                if name == type(callback).__name__:
+                    external.load_state_dict(callback, saved)
+                    del state["callbacks"][k]
+                    break
         rngs = state["rngs"]  # they differ where each process draws for its rows alone
         set_rng(rngs[self.team.part.rank] if len(rngs) == self.team.size else rngs[0], self.loop.place)
         if self.run.changed:  # from now on a commit holds the accepted settings
             self._commit(self._pending())
-            self.run.write_config()
+            self.run.write_settings()
 
     def on_train_batch_end(self, batch_number: int, logs: dict[str, Any]) -> None:
         at = self.at

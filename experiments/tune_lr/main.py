@@ -95,7 +95,10 @@ def show_status(batch: Path, every: float | None) -> None:
         if every and sys.stdout.isatty():
             print(end="\x1b[H\x1b[2J")
         for job, state in states.items():
-            print(f"{state:10} {progress(job.run) if job.run else '':38} {job}", flush=True)
+            print(
+                f"{state:10} {progress(job.run) if job.run else '':38} {job.run.name if job.run else job}".rstrip(),
+                flush=True,
+            )
         if not every or set(states.values()) == {"finished"}:
             return
         time.sleep(every)
@@ -106,7 +109,7 @@ def progress(run: Path) -> str:
     seen = overview(run)
     if "config" not in seen:  # not begun, or damaged
         return ""
-    done, n_epochs, last = seen["epochs"], int(seen["config"]["training_loop.n_epochs"]), seen["last_epoch"]
+    done, n_epochs, last = seen["epochs"], int(seen["config"]["training_loop.n_epochs"]), seen["last"]
     if seen["status"] != "running" or not last:
         return f"epoch {done}/{n_epochs}"
     left = (n_epochs - done) * last["time"]

@@ -8,6 +8,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import offset_copy
 
 from src.results import load_history
 
@@ -36,7 +37,8 @@ def metric_by_setting(runs: pd.DataFrame, table: pd.DataFrame, label: str, path:
     with figure(path, label, "best validation accuracy (%)") as axes:
         table = table.sort_values("value")
         axes.errorbar(table["value"], table["mean"], table["interval"], capsize=4, label="mean, 95 % interval")
-        axes.scatter(runs["value"], runs["valid"], color=COLOURS[1], s=14, alpha=0.7, zorder=3, label="a run")
+        beside = offset_copy(axes.transData, axes.figure, x=7, units="points")
+        axes.scatter(runs["value"], runs["valid"], color=COLOURS[1], s=10, alpha=0.7, transform=beside, label="a run")
         if table["value"].min() > 0 and table["value"].max() / table["value"].min() > 5:
             axes.set_xscale("log")
         axes.set_xticks(table["value"], table["value"].map("{:g}".format))

@@ -21,6 +21,8 @@ th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd
 th:first-child, td:first-child { text-align: left; }
 img { width: 100%; }
 p { border-left: 4px solid #0072b2; padding-left: 1rem; }
+p.warning { border-color: #d55e00; }
+#summary tbody tr:nth-child(BEST) { background: #e8f1fa; font-weight: 600; }
 """
 
 
@@ -42,6 +44,7 @@ def report(folder: Path, axis: str, label: str, *, as_json: bool) -> None:
     lines = [shown.columns, ["---"] * len(shown.columns), *shown.to_numpy()]
     markdown = "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
+    row = 1 + table.index[table["value"] == best].max() if best is not None else 0
     out = folder / "report"
     out.mkdir(exist_ok=True)
     named = table.rename(columns={"value": axis})
@@ -49,7 +52,7 @@ def report(folder: Path, axis: str, label: str, *, as_json: bool) -> None:
     (out / "table.md").write_text(markdown, encoding="utf-8")
     plots.metric_by_setting(counted, table, label, out / "accuracy")
     plots.learning_curves(counted, label, f"val_{METRIC}", out / "curves")
-    (out / "report.html").write_text(page(f"Which {label} is best?", said, shown, runs, out), encoding="utf-8")
+    (out / "report.html").write_text(page(f"Which {label} is best?", said, shown, row, runs, out), encoding="utf-8")
     if as_json:
         print(to_json({"best": best, "verdict": said, "table": named.to_dict("records"), "left_out": left_out}))
     else:
@@ -81,8 +84,8 @@ def verdict(runs: pd.DataFrame, table: pd.DataFrame, label: str) -> tuple[Any, l
     best = ranked[0]
     of = dict(iter(runs.groupby("value")))
     mean, _, half, n = mean_interval(of[best]["test"])
-    spread = "" if math.isnan(half) else f" ± {half:.2f} (95 % interval)"
-    said = [f"Best {label}: {best:g}, by the mean of val_{METRIC}. Test: {mean:.2f}{spread} %, n = {n}."]
+    spread = f"{mean:.2f} %" if math.isnan(half) else f"{mean:.2f} ± {half:.2f} %, 95 % interval"
+    said = [f"Best {label}: {best:g}, by the mean of val_{METRIC}. Test {METRIC}: {spread}, n = {n}."]
     for second in ranked[1:2]:
         p = welch(of[best]["valid"], of[second]["valid"])
         if p is None:
@@ -95,10 +98,15 @@ def verdict(runs: pd.DataFrame, table: pd.DataFrame, label: str) -> tuple[Any, l
     return best, said
 
 
-def page(title: str, said: list[str], shown: pd.DataFrame, runs: pd.DataFrame, out: Path) -> str:
-    """report.html: all in one file; each run's number is linked to its folder."""
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"]
-    parts += [f"<h1>{title}</h1>", *(f"<p>{html.escape(sentence)}</p>" for sentence in said)]
+def page(title: str, said: list[str], shown: pd.DataFrame, best: int, runs: pd.DataFrame, out: Path) -> str:
+    """report.html: all in one file; each run's number is linked to its folder, and row `best` of the table, from 1,
+    stands out.
+    """
+    style = STYLE.replace("BEST", str(best))
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{style}</style>"]
+    kinds = ["warning" if sentence.startswith("Warning") else "verdict" for sentence in said]
+    told = (f"<p class={kind}>{html.escape(sentence)}</p>" for kind, sentence in zip(kinds, said, strict=True))
+    parts += [f"<h1>{title}</h1>", *told]
     parts.append(shown.to_html(index=False, border=0, table_id="summary"))
     for name in ("accuracy", "curves"):
         image = base64.b64encode((out / f"{name}.png").read_bytes()).decode()

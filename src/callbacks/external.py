@@ -62,5 +62,8 @@ def load_state_dict(callback: poutyne.Callback, state: dict[str, Any]) -> None:
     """Gives the callback what `state_dict` returned."""
     if isinstance(callback, poutyne.EarlyStopping):
         vars(callback).update(state)
+    elif hasattr(callback, "torch_lr_scheduler"):  # its settings are the config's, its base rates the optimizer's
+        settings = {*inspect.signature(callback.torch_lr_scheduler).parameters, "base_lrs"} - {"last_epoch"}
+        callback.load_state_dict({name: value for name, value in state.items() if name not in settings})
     elif state:
         callback.load_state_dict(state)

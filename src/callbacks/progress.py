@@ -56,9 +56,10 @@ class Progress(Callback):
             self.warned = True
             advice = "raise training_loop.n_workers, give the run more cores, or store the data smaller"
             print(f"{logs['data_wait']:.0%} of the training time waits for data: {advice}")
-        took, left = clock(logs["time"]), clock((self.params["epochs"] - epoch_number) * logs["time"])
+        left = clock((self.params["epochs"] - epoch_number) * logs["time"])
         values = "  ".join(f"{k} {v:.4g}" for k, v in logs.items() if k not in NOT_METRICS)
-        print(f"{self.title}  {values}  lr {logs['lr']:.3g}  {logs['images_per_s']:,.0f} images/s  {took}, {left} left")
+        speed = f"  {logs['images_per_s']:,.0f} images/s" if logs["images_per_s"] else ""  # it had been trained before
+        print(f"{self.title}  {values}  lr {logs['lr']:.3g}{speed}  {left} left")
 
 
 def clock(seconds: float) -> str:

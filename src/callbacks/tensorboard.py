@@ -34,7 +34,7 @@ class TensorBoard(Callback):
 
             for event in LegacyEventFileLoader(str(file)).Load():
                 self.written |= {(value.tag, event.step) for value in event.summary.value}
-        self._write(text("config", "    " + config.replace("\n", "\n    ")), 0)  # type: ignore[no-untyped-call]
+        self._write(text("config", "    " + config.replace("\n", "\n    ")), len(history))  # type: ignore[no-untyped-call]
         for row in history:
             self.on_epoch_end(int(row["epoch"]), row)
 

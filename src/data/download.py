@@ -28,8 +28,9 @@ def download(url: str, path: Path, md5: str, timeout: float = 10.0) -> bytes:
                 os.replace(whole, path)
     except Exception as error:
         raise Unavailable(
-            f"{name if is_here else url}: {error!r}\nPut {url} into DATA_DIR by hand, as {name},\n"
-            'or train on digits, which need no network: -b "training_loop.data=@digits"'
+            f"{name if is_here else url}: {str(error) or 'no answer in time'}\n"
+            f"Download it yourself and save it as {name} (DATA_DIR names another folder),\n"
+            'or train on the digits, which need no network: -b "training_loop.data=@digits"'
         ) from error
     return content
 

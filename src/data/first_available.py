@@ -10,7 +10,7 @@ from src.data.dataset import Data, Unavailable
 
 
 @gin.register
-def first_available(of: list[Callable[[], Data]]) -> Data:
+def first_available(of: list[Callable[..., Data]]) -> Data:
     """The first data set of the list, [@cifar10, @digits], that can be had; loudly, on stderr, if not the very first.
 
     Raises Refused with all reasons if none can.

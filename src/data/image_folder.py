@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from src.config import Refused
+from src.config import Failed, Refused
 from src.data.augment import augmentations
 from src.data.dataset import Data, Split, Unavailable, data_dir, stratified_split
 
@@ -48,7 +48,13 @@ def image_folder(
 
 
 def read_image(path: str, size: int) -> Tensor:
-    """The image as [3, size, size], uint8, RGB: scaled so that its shorter side fits, cut at the centre."""
-    with Image.open(path) as image:
-        fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+    """The image as [3, size, size] pixels, uint8, RGB: scaled so that its shorter side fits, cut at the centre.
+
+    Raises Failed if it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+    except OSError as error:
+        raise Failed(f"{path}: cannot be read: {error}") from None
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
