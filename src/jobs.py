@@ -170,6 +170,8 @@ class Launcher:
         if call and (self.script or self.starter):
             python = f"{self.starter} " if self.starter else call["python"] or ""
             line = f"{call['before']}{python}{self.script or call['script']} {call['run']}{call['rest']}"
+        log.write(f"$ {line}\n".encode())
+        log.flush()
         began, log_began, n_passed_on = time.monotonic(), log.tell(), 0
         shell = subprocess.Popen(
             ["bash", "-c", OUTER, "bash", INNER + line, os.devnull if job.run else job.path.with_suffix(".done")],
@@ -192,8 +194,8 @@ class Launcher:
             if self.failures[job] <= self.retry:
                 more += ", to be run again"
                 self.waiting.append(job)  # until its lock is free: a process of it may live on
-            printed = job.path.with_suffix(".log").read_bytes()[log_began:].decode("utf-8", "replace")
-            more = "\n    ".join([more, job.line, *(f"| {text}" for text in printed.splitlines()[-5:])])
+            printed = Path(log.name).read_bytes()[log_began:].decode("utf-8", "replace")
+            more = "\n    ".join([more, job.line, *(f"| {text}" for text in printed.splitlines()[-5:]), log.name])
         self._say(job, outcome, more)
 
     def _say(self, job: Job, what: str, more: str = "") -> None:
