@@ -95,10 +95,8 @@ def show_status(batch: Path, every: float | None) -> None:
         if every and sys.stdout.isatty():
             print(end="\x1b[H\x1b[2J")
         for job, state in states.items():
-            print(
-                f"{state:10} {progress(job.run) if job.run else '':38} {job.run.name if job.run else job}".rstrip(),
-                flush=True,
-            )
+            name, done = (job.run.name, progress(job.run)) if job.run else (job.line, "")
+            print(f"{state:9} {name:24} {done}".rstrip(), flush=True)
         if not every or set(states.values()) == {"finished"}:
             return
         time.sleep(every)
