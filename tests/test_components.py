@@ -5,11 +5,15 @@ is registered is tested without a line here, but for the settings that it needs 
 from pathlib import Path
 
 import gin
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import src.training_loop  # noqa: F401  (registers all)
+import src.callbacks
+import src.data
+import src.models
+import src.training_loop
 from benchmarks.kill import run_difference
 from src import results
 from tests.cifar_archive import make_archive
@@ -48,7 +52,8 @@ def data_dir(tmp_path_factory):
 
 def test_the_components_are_found():
     names = {name for _, name in components()}
-    assert {"MLP", "ResNet18", "SimpleCNN", "digits", "cifar10", "image_folder", "LRSchedule", "EarlyStopping"} <= names
+    for package in (src.callbacks, src.data, src.models):
+        assert names >= set(package.__all__) - {"poutyne"}
 
 
 @pytest.mark.parametrize("kind, name", components())
@@ -58,7 +63,7 @@ def test_it_trains_and_goes_on_as_if_it_had_not_stopped(kind, name, data_dir, tm
     default = {"data": "@digits", "model": "@MLP"} | {kind: f"[@{name}]" if kind == "callbacks" else f"@{name}"}
     settings = "".join(f"training_loop.{key}={value};" for key, value in default.items())
     settings += "training_loop.optimizer=@SGD;SGD.lr=0.05;SGD.momentum=0.9;training_loop.batch_size=32;"
-    settings += "training_loop.steps_per_epoch=2;training_loop.n_epochs=2;"
+    settings += "training_loop.steps_per_epoch=2;training_loop.n_epochs=4;"
     Path("a.gin").write_text(
         (settings + SETTINGS.get(name, "").format(md5=data_dir[1])).replace(";", "\n").replace("\n ", "\n")
     )
@@ -66,6 +71,9 @@ def test_it_trains_and_goes_on_as_if_it_had_not_stopped(kind, name, data_dir, tm
     assert main("train", "parts", "a.gin", "-b", "training_loop.stop_at=3") == 0
     assert main("train", "parts", "a.gin", "-b", "training_loop.reload=True") == 0
     assert run_difference(Path("whole"), Path("parts")) is None
+    data = gin.get_bindings("training_loop")["data"]()
+    inputs = [{np.asarray(x).tobytes() for x in split.x} for split in (data.train, data.valid, data.test)]
+    assert sum(map(len, inputs)) == len(set.union(*inputs))  # none is in two splits
     network = results.load_model("parts")
     x = torch.rand(3, *results.read_meta(Path("parts"))["data"]["input_shape"])
     with torch.inference_mode():
