@@ -46,7 +46,7 @@ def data_dir(tmp_path_factory):
     for k in range(100):
         path = folder / "shapes" / "ab"[k % 2] / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), (2 * k, 100 * (k % 2), 9)).save(path)
+        Image.fromarray(np.random.default_rng(k).integers(0, 256, (16, 16, 3), np.uint8)).save(path)
     return folder, make_archive(folder / "cifar-10-python.tar.gz", n_per_batch=100)
 
 

@@ -41,9 +41,15 @@ def test_the_readme_names_each_of_ten_edits():
         assert commands[-1].startswith("bin/train.py results/"), patch.name
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """mypy's, so that it reads torch once."""
+    return tmp_path_factory.mktemp("mypy")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
-def test_an_edit_is_small_trains_and_goes_on(patch, tmp_path):
+def test_an_edit_is_small_trains_and_goes_on(patch, tmp_path, cache):
     code = copy_code(tmp_path / "code")
     for script in (ROOT / "bin").glob("*.py"):
         shutil.copymode(script, code / "bin" / script.name)
@@ -62,7 +68,11 @@ def test_an_edit_is_small_trains_and_goes_on(patch, tmp_path):
     touched = [line.split("\t") for line in run("git diff --numstat HEAD").splitlines()]  # without new files
     assert len(touched) <= MOST_FILES, touched
     assert sum(int(added) + int(removed) for added, removed, _ in touched) <= MOST_LINES, touched
-    run("ruff check . && ruff format --check .")
+    run(f"ruff check . && ruff format --check . && mypy --cache-dir '{cache}'")
+    run("pytest -q tests/test_layout.py")
+    parts = r"^\+\+\+ b/src/(?:data|models|callbacks)/\w+\.py\n(?:[^d].*\n)*?\+@gin\.register.*\n\+(?:class|def) (\w+)"
+    for name in re.findall(parts, patch.read_text(), re.M):  # what is registered is tested
+        assert "1 passed" in run(f"pytest -q tests/test_components.py -k '{name}]'")
 
     _, commands, bounds = read(patch)
     for command in commands:
