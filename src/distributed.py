@@ -83,7 +83,7 @@ class Team:
         return values
 
     def copy_first(self, tensors: Sequence[Tensor]) -> None:
-        """Gives all processes the first one's values of the tensors."""
+        """Gives all processes the first one's values of the tensors, each [...]."""
         if self.members:  # in one message: each costs a wait
             for tensor, first in zip(tensors, self.share([t.cpu() for t in tensors]), strict=True):
                 tensor.copy_(first)
@@ -95,7 +95,7 @@ class Team:
         return values
 
     def gather(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """Whole batches, of so many rows, from this process's rows of each of them."""
+        """Whole batches [size, ...] of these sizes, from this process's rows of each of them."""
         if not self.members:
             return list(parts)
         counts = [[len(range(n)[Part(rank, self.size).rows(n)]) for n in sizes] for rank in range(self.size)]

@@ -40,9 +40,9 @@ def prepare(folder: Path, base: Path, grid: Mapping[str, Sequence[Any]]) -> Path
         run, config = folder / "runs" / name, folder / "configs" / f"{name}.gin"
         if config in configs:
             raise Refused(f"two places of the grid give one run, {name}: let their values differ")
-        bindings = [f"{key} = {v if str(v)[:1] in ('@', '%') else repr(v)}\n" for key, v in settings.items()]
+        bindings = [f"{key} = {v if str(v)[:1] in ('@', '%') else repr(v)}" for key, v in settings.items()]
         configure(read([str(base)], bindings))
-        configs[config] = "".join([shared, "\n", *bindings])
+        configs[config] = "\n".join([shared, *bindings, ""])
         rows.append({"run": name, **settings})
         batch += f"OMP_NUM_THREADS=1 bin/train.py {shlex.join([str(run), str(config)])} -b training_loop.reload=True\n"
         if run.exists() and not (config.exists() and config.read_text(encoding="utf-8") == configs[config]):

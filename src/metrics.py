@@ -38,7 +38,7 @@ class Accuracy(nn.Module):
         self.count += labels.numel()
 
     def compute(self) -> Tensor:
-        """The accuracy since the last reset, in %."""
+        """The accuracy [] since the last reset, in %."""
         return 100 * self.correct / self.count
 
     def reset(self) -> None:
@@ -101,15 +101,19 @@ class Sums(nn.Module):
         return self.whole
 
     def mean_loss(self) -> Tensor:
-        """The mean over the epoch's images."""
+        """The mean [] over the epoch's images."""
         sizes = torch.tensor(self.sizes, dtype=torch.float64)
         return (self.losses().double() * sizes).sum() / sizes.sum()
 
     def compute(self) -> dict[str, float]:
-        """Each metric's value by its name. Raises RuntimeError for one that gives several numbers."""
+        """Each metric's value by its name. Raises ValueError for one that gives several numbers."""
         self.feed()
-        values = [float(metric.compute()) for metric in self.metrics]  # type: ignore[operator]
-        return dict(zip(self.names, self.team.share(values), strict=True))  # GPUs may differ in the last bit
+        values = {name: metric.compute() for name, metric in zip(self.names, self.metrics, strict=True)}  # type: ignore[operator]
+        for name, value in values.items():
+            if value.numel() != 1:
+                raise ValueError(f"{name} gives {value.numel()} numbers, not one")
+        found: dict[str, float] = self.team.share({name: float(value) for name, value in values.items()})
+        return found  # the first process's: GPUs may differ in the last bit
 
     def reset(self) -> None:
         """Forgets the epoch."""

@@ -43,7 +43,7 @@ BUCKET_MB = 25  # of gradients that DistributedDataParallel sums at once
 ADVICE = "try a lower learning rate, or training_loop.detect_anomaly=True"
 LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("n_epochs", "batch_size", "accumulate", "log_every", "steps_per_epoch", "stop_at"), (1, math.inf)),
-    "n_workers": (0, math.inf), "seed": (0, 2**63 - 1), "ema_decay": (0, 0.999999), "clip_norm": (1e-9, math.inf),
+    "n_workers": (0, math.inf), "seed": (0, 2**63 - 1), "ema_decay": (0, 1), "clip_norm": (1e-9, math.inf),
 }  # fmt: skip
 
 

@@ -285,8 +285,8 @@ def test_accepted_changes_count_and_are_kept(main, capfd):
     other = f"{accept};training_loop.optimizer=@Adam;Adam.lr=0.002"
     assert main("train", "run", "a.gin", *RELOAD, "-b", other) == 0  # which begins anew
     assert results.load_history("run")[-1]["lr"] == 0.002
-    before = contents(Path("run"))
-    assert main("train", "run", "a.gin", *RELOAD, "-b", f"{other};training_loop.model=@MLP;MLP.n_hidden=(9,)") == 2
+    before, unfit = contents(Path("run")), "training_loop.n_epochs=6;training_loop.model=@MLP;MLP.n_hidden=(9,)"
+    assert main("train", "run", "a.gin", *RELOAD, "-b", f"{other};{unfit}") == 2
     assert "last commit does not fit the settings as they are now: Error" in capfd.readouterr().err
     assert contents(Path("run")) == before
 
@@ -311,10 +311,72 @@ def test_accepted_changes_are_in_force_after_a_kill(main, moment, change):
 def test_accepted_changes_that_came_to_nothing_are_not_repeated(main):
     assert main("train", "run", "a.gin", *WATCHED, "-b", "training_loop.n_epochs=1") == 0
     act("begin", "os.kill(os.getpid(), signal.SIGKILL)")
-    changed = ("-b", "SGD.lr=0.01;training_loop.accept_changes=True")
+    changed = ("-b", "SGD.lr=0.01;digits.n_train=500;training_loop.accept_changes=True")
     assert killed(main, "run", "a.gin", *WATCHED, *RELOAD, *changed)
+    assert read_meta(Path("run"))["data"]["n_train"] == 1079
+    assert results.evaluate("run")[0]["n"] == 359  # the data are still those that it was trained on
     assert_goes_on_exactly(main, "run", *WATCHED)
     assert "SGD.lr = 0.05" in parts_of(read_meta(Path("run"))["starts"])[-1]["config"]
+
+
+def test_accepted_changes_need_something_to_train(main, capfd):
+    assert main("train", "run", "a.gin", "-b", "training_loop.n_epochs=1") == 0
+    before = contents(Path("run"))
+    changed = "training_loop.n_epochs=1;training_loop.accept_changes=True;digits.n_train=500"
+    assert main("train", "run", "a.gin", *RELOAD, "-b", changed) == 2
+    assert "nothing is left to train: raise training_loop.n_epochs" in capfd.readouterr().err
+    assert main("train", "run", "a.gin", *RELOAD, "-b", "training_loop.init_from='elsewhere'") == 2
+    assert "the run began from random weights" in capfd.readouterr().err
+    assert contents(Path("run")) == before
+
+
+@pytest.mark.parametrize("change", ["training_loop.batch_size=60", "training_loop.seed=3", "digits.n_train=500"])
+def test_what_would_mix_two_orders_of_an_epoch_waits_for_its_end(main, capfd, change):
+    assert main("train", "run", "a.gin", "-b", "training_loop.stop_at=5") == 0
+    before = contents(Path("run"))
+    changed = f"{change};training_loop.accept_changes=True"
+    assert main("train", "run", "a.gin", *RELOAD, "-b", changed) == 2
+    assert "cannot change inside an epoch: finish epoch 1 with the old one first" in capfd.readouterr().err
+    assert contents(Path("run")) == before
+
+
+def test_accepted_settings_of_a_scheduler_and_another_list_of_callbacks(main):
+    callbacks = "training_loop.callbacks=[@Watcher, @StepLR];StepLR.step_size=1;StepLR.gamma={}"
+    assert main("train", "run", "a.gin", "-b", callbacks.format(0.5) + ";training_loop.n_epochs=2") == 0
+    accept = ";training_loop.n_epochs=4;training_loop.accept_changes=True;training_loop.monitor='acc'"
+    changed = callbacks.format(0.1).replace("[@", "[@EarlyStopping, @") + accept
+    assert main("train", "run", "a.gin", *RELOAD, "-b", changed) == 0
+    lrs = [row["lr"] for row in results.load_history("run")]
+    assert lrs == pytest.approx([0.05, 0.025, 0.0125, 0.00125])
+    state = read_checkpoint(Path("run/checkpoint.pt"))
+    assert dict(state["callbacks"])["Watcher"] == {"n_begun": 4}
+    assert state["best"]["epoch"] >= 3  # by what is watched now
+
+
+def test_an_accepted_setting_that_the_optimizers_state_lacks(main):
+    adam = "training_loop.optimizer=@AdamW;AdamW.amsgrad={};training_loop.n_epochs={}"
+    assert main("train", "run", "a.gin", "-b", adam.format(False, 1)) == 0
+    accept = "training_loop.accept_changes=True"
+    assert main("train", "run", "a.gin", *RELOAD, "-b", f"{adam.format(True, 2)};{accept}") == 0
+
+
+def test_other_last_bits_by_threads_are_warned_of(main, monkeypatch):
+    assert main("train", "run", "a.gin", "-b", "training_loop.n_epochs=1") == 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert main("train", "run", "a.gin", *RELOAD) == 0
+    assert "1 threads until now, 3 from here on" in read_meta(Path("run"))["warnings"][0]
+
+
+def test_the_code_is_the_same_with_git_and_without(tmp_path):
+    clone = copy_code(tmp_path / "clone")
+    for name in (".venv/lib.py", "data/a.csv", "results/a/b.py", "e.local.sh", "src/__pycache__/a.pyc"):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).touch()
+    names = [sys.executable, "-c", "from src.record import code_files; print(*sorted(code_files()), sep='\\n')"]
+    printed = [subprocess.run(names, cwd=clone, capture_output=True, text=True, check=True).stdout]
+    subprocess.run(["git", "init", "--quiet"], cwd=clone, check=True)
+    printed.append(subprocess.run(names, cwd=clone, capture_output=True, text=True, check=True).stdout)
+    assert printed[0] == printed[1] and ".ci/run" in printed[0]
 
 
 def test_a_start_that_committed_nothing_leaves_no_facts(main):
@@ -602,7 +664,7 @@ REFUSED = {
         "WarmupCosine: warmup_steps = 9 must be below total_steps = 9"
     ),
     "training_loop.metrics=[@Accuracy,@torchmetrics.ConfusionMatrix];torchmetrics.ConfusionMatrix.task='multiclass'": (
-        "the loss or a metric does not take Acting's output: a Tensor with 100 elements"
+        "the loss or a metric does not take Acting's output: confusion_matrix gives 100 numbers, not one"
     ),
     "training_loop.model=@ResNet18;training_loop.batch_size=1078": "the last batch of an epoch would have one image",
     "training_loop.model=@ResNet18;training_loop.batch_size=1": "the last batch of an epoch would have one image",
@@ -611,6 +673,16 @@ REFUSED = {
         for value in ("0", "-3", "2.5", "True", "''", "'10'", "'min'", "'0min'", "'-1min'", "'nanmin'", "'infmin'")
     },
     "training_loop.stop_at=0": "training_loop.stop_at = 0",
+    "training_loop.clip_norm=-1.0": "training_loop.clip_norm = -1.0, but it must be at least",
+    "training_loop.ema_decay=1.5": "training_loop.ema_decay = 1.5, but it must be from 0 to 1",
+    "training_loop.n_workers=-1": "training_loop.n_workers = -1, but it must be at least 0",
+    "training_loop.seed=100000000000000000000": "training_loop.seed = 100000000000000000000, but it must be from 0 to",
+    "training_loop.metrics=[@Accuracy,@loss/torchmetrics.Accuracy];torchmetrics.Accuracy.task='multiclass'": (
+        "a metric is named loss, as another column of history.csv is: give it a scope"
+    ),
+    "training_loop.data=@first_available;first_available.of=[@image_folder,@digits]": (
+        "image_folder.folder has no value: add a line image_folder.folder = ..."
+    ),
 }
 
 

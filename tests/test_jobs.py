@@ -175,12 +175,16 @@ def test_launchers_share_a_batch_and_wait_for_one_another(place):
 
 
 def test_a_job_that_another_launcher_has_left_unfinished_is_run(place):
-    batch("[ -e second ] || { touch second; sleep 0.5; exit 1; }; echo done >> out")
+    failing, alone = (f"until [ -e {name} ]; do sleep 0.1; done" for name in ("failing", "alone"))
+    batch(f"[ -e begun ] || {{ touch begun; {failing}; exit 1; }}; {alone}; echo done >> out")
     first = start()
-    wait_for(Path("second").exists)
+    wait_for(Path("begun").exists)
     second = start()
+    assert "1 of 1 jobs to do" in second.stdout.readline()
+    Path("failing").touch()
     assert "1 failed" in end(first, code=1)
-    assert "1 of 1 jobs to do" in end(second)
+    Path("alone").touch()
+    assert "1 of 1 jobs are finished" in end(second)
     assert lines_of("out") == ["done"]
 
 

@@ -153,6 +153,45 @@ def test_channels_last_computes_the_same(main):
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
+# Digits of three channels, and a network that says how it is given them.
+WATCHED = """
+import gin
+import torch
+from src.data.dataset import Split, divide, stratified_split
+from src.data.digits import read
+from src.models.simple_cnn import SimpleCNN
+
+
+@gin.register
+def colours():
+    x, y = read()
+    return divide("colours", Split(x.expand(-1, 3, -1, -1), y), stratified_split(y), n_classes=10)
+
+
+@gin.register(denylist=["input_shape", "n_classes"])
+class Watching(SimpleCNN):
+    def forward(self, x):
+        logits = super().forward(x)
+        if torch.is_grad_enabled():
+            print(logits.dtype, x.is_contiguous(memory_format=torch.channels_last))
+        return logits
+"""
+
+
+@pytest.mark.parametrize("precision, kind", [("bf16", torch.bfloat16), ("fp64", torch.float64)])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_precision_and_memory_format_reach_the_network(main, capfd, module, precision, kind, channels_last):
+    settings = "training_loop.data=@colours;training_loop.model=@Watching;training_loop.n_epochs=1;"
+    settings += f"training_loop.precision='{precision}';training_loop.channels_last={channels_last}"
+    (Path("b.gin")).write_text("import watched\ntraining_loop.optimizer = @SGD\nSGD.lr = 0.01\n")
+    module("watched", WATCHED)
+    assert main("train", "a", "b.gin", "-b", settings) == 0
+    assert capfd.readouterr().out.count(f"{kind} {channels_last}\n") == 9  # batches
+    # evaluate computes as the training's validation did.
+    val_loss = results.load_history("a")[-1]["val_loss"]
+    assert results.evaluate("a", "valid")[0]["loss"] == pytest.approx(val_loss, rel=1e-12)
+
+
 def test_the_optimizer_is_fused_unless_the_config_says_otherwise():
     from src import training_loop  # noqa: F401  (registers the optimizers)
 

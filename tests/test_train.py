@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.kill import run_difference
 from src import results
@@ -209,6 +210,9 @@ def test_init_from_starts_a_new_run_from_the_best_weights(small, main, capfd):
     assert moved and all("running_" in name or "num_batches" in name for name in moved)  # by batch norm
     assert read_meta(Path("b"))["init_from"]["run"] == "a"
     assert len(read_meta(Path("b"))["init_from"]["sha256"]) == 64
+    assert main("train", "c", small, *still, "-b", "training_loop.ema_decay=0.9") == 0  # the average begins there, too
+    average = read_checkpoint(Path("c/best.pt"))["network"]
+    assert all(average[name].allclose(best[name]) for name in best.keys() - moved)
 
 
 def test_debug_settings_and_other_metrics(small, main):
@@ -220,6 +224,8 @@ def test_debug_settings_and_other_metrics(small, main):
         "training_loop.monitor='val_f1_score'"
     )
     assert main("train", "a", small, "-b", more) == 0
+    assert torch.is_anomaly_enabled()
+    torch.autograd.set_detect_anomaly(False)
     row = results.load_history("a")[-1]
     assert {"acc", "top3", "f1_score", "val_acc", "val_top3", "val_f1_score"} <= row.keys()
     assert row["val_top3"] >= row["val_acc"] / 100

@@ -31,7 +31,7 @@ def send(draws: Tensor, device: torch.device) -> Tensor:
 
 
 def random_crop(padding: int = 4) -> Augmentation:
-    """Pads each image with `padding` zeros (black) on all sides and cuts out a random window."""
+    """Pads each image with `padding` black pixels on all sides and cuts out a random window."""
     if padding < 0:
         raise Refused(f"padding = {padding}: give 0 (no crop) or more")
 
