@@ -131,6 +131,14 @@ def assert_goes_on_exactly(main, run: str, *arguments: str) -> None:
 # --- the folder and the clock
 
 
+def test_the_heartbeat_goes_on(main, monkeypatch):
+    monkeypatch.setattr("src.run.HEARTBEAT_SECONDS", 0.0)
+    act("train.40", "subprocess.run(['cp', 'run/HEARTBEAT', 'beat'], check=True)")
+    assert main("train", "run", "a.gin") == 0
+    assert int(Path("beat").read_text().split()[1]) >= 38
+    assert Path("run/HEARTBEAT").read_text().startswith("step 66 ")
+
+
 @pytest.mark.parametrize("moment", ["train.3", "valid.4", "train.30", "valid.25", "test.2"])
 def test_a_folder_removed_under_the_run(main, capfd, moment):
     act(moment, "shutil.rmtree('run')")

@@ -196,6 +196,17 @@ def test_an_edit_that_an_update_touches_is_a_conflict_that_keeps_both(template):
     assert (project / "src/stop.py").read_text().startswith('"""Later')
 
 
+def test_an_edited_file_that_an_update_deletes_comes_back_as_the_readme_says(template):
+    project = project_of(template, "kept")
+    edit(project, "src/models/mlp.py", "(256, 256)", "(64, 64)")
+    (template / "src/models/mlp.py").unlink()
+    release(template, "1.1.0")
+    copier("update", "--defaults", folder=project)
+    assert git(project, "diff", "--diff-filter=D", "--name-only").split() == ["src/models/mlp.py"]
+    git(project, "checkout", "HEAD", "--", "src/models/mlp.py")
+    assert "(64, 64)" in (project / "src/models/mlp.py").read_text()
+
+
 @pytest.mark.slow
 def test_an_edited_project_of_the_last_release_comes_up_to_this_one_and_trains(releases, tmp_path):
     project = tmp_path / "project"

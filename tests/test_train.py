@@ -45,7 +45,7 @@ def test_a_run_leaves_every_file_of_its_folder(small, train):
     config = results.load_config(run)
     assert config["SGD.lr"] == "0.03" and config["SGD.nesterov"] == "False"
     assert "torch==" in (run / "environment.txt").read_text()
-    assert re.match(r"step \d+ 20", (run / "HEARTBEAT").read_text())
+    assert re.match(r"step 22 20", (run / "HEARTBEAT").read_text())
     assert "SGD.lr=0.03" in (run / "command.sh").read_text()
 
 
@@ -213,6 +213,16 @@ def test_init_from_starts_a_new_run_from_the_best_weights(small, main, capfd):
     assert main("train", "c", small, *still, "-b", "training_loop.ema_decay=0.9") == 0  # the average begins there, too
     average = read_checkpoint(Path("c/best.pt"))["network"]
     assert all(average[name].allclose(best[name]) for name in best.keys() - moved)
+
+
+@pytest.mark.parametrize("mode, best", [("min", min), ("max", max)])
+def test_the_best_epoch_is_that_of_the_monitor(small, main, mode, best):
+    settings = f"training_loop.monitor='val_acc';training_loop.monitor_mode='{mode}'"
+    assert main("train", "a", small, "-b", settings) == 0
+    rows = results.load_history("a")
+    assert rows[0]["val_acc"] < rows[1]["val_acc"]
+    expected = best(rows, key=lambda row: row["val_acc"])["epoch"]
+    assert read_checkpoint(Path("a/best.pt"))["epoch"] == expected == results.overview(Path("a"))["best"]["epoch"]
 
 
 def test_debug_settings_and_other_metrics(small, main):

@@ -104,7 +104,7 @@ def test_data(archive: Path, folder: Path, recwarn: pytest.WarningsRecorder) -> 
     assert torch.bincount(data.valid.y).tolist() == [1] * 10
     assert (data.name, data.input_shape, data.n_classes) == ("cifar10", (3, 32, 32), 10)
     assert data.train.x.dtype == torch.uint8
-    assert len(data.train.augment) == 2
+    assert len(data.train.augment) == 2 and len(made(cutout=8).train.augment) == 3
     assert not data.valid.augment and not data.test.augment
     assert not made(padding=0, flip=False).train.augment
     assert made(padding=0, flip=False).fingerprint == data.fingerprint

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from src.config import Refused
+from src.config import Failed, Refused
 from src.data import image_folder
 from src.data.augment import random_crop
 from src.data.dataset import Batches, Split, Unavailable
@@ -29,6 +29,16 @@ def images(tmp_path, monkeypatch):
         Image.fromarray(pixels.numpy()).save(path)
     (tmp_path / "images/a/notes.txt").write_text("no image")
     return tmp_path / "images"
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_a_file_that_cannot_be_read_is_named(images, n_workers):
+    data = image_folder("images", size=12)
+    broken = Path(data.train.x[3])
+    broken.write_bytes(broken.read_bytes()[:40])
+    with pytest.raises(Failed) as failed:
+        list(Batches(data.train, 8, n_workers=n_workers))
+    assert str(failed.value).startswith(f"{broken}: cannot be read: ") and "\n" not in str(failed.value)
 
 
 def test_batches_are_those_of_the_same_images_in_memory(images):
