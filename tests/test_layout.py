@@ -101,8 +101,10 @@ def test_every_public_name_has_a_docstring_that_tells_shapes_and_units():
             assert docstring or file.parent.name == "bin", (file.name, name)
             if any(TENSOR.match(annotation) for annotation in takes(node).values()):
                 assert SHAPE.search(docstring), f"{file.name}: {name} takes or gives a tensor: of which shape?"
-            if any(isinstance(f, ast.FunctionDef) and f.name == "forward" for f in getattr(node, "body", [])):
-                assert len(SHAPE.findall(docstring)) > 1 and "->" in docstring, f"{file.name}: {name}: shapes x -> y?"
+            for forward in getattr(node, "body", []):
+                if isinstance(forward, ast.FunctionDef) and forward.name == "forward":
+                    told = f"{docstring} {ast.get_docstring(forward)}"
+                    assert len(SHAPE.findall(told)) > 1 and "->" in told, f"{file.name}: {name}: shapes x -> y?"
             for parameter, unit in UNITS.items():
                 if parameter in takes(node):
                     assert re.search(unit, docstring), f"{file.name}: {name}: {parameter} in which unit?"
