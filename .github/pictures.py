@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -50,6 +51,9 @@ def main() -> int:
         finally:
             server.terminate()
             server.wait()
+    for name in ("report.png", "tensorboard.png"):
+        with Image.open(HERE / name) as picture:
+            picture.convert("RGB").quantize(48).save(HERE / name, optimize=True)
     return 0
 
 

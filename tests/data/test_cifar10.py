@@ -146,10 +146,10 @@ def test_cut_off_download_leaves_nothing_and_the_next_gets_it_whole(archive: Pat
 def test_wrong_checksum_is_refused_and_removed_unless_it_was_put_there(archive: Path, folder: Path) -> None:
     wrong = archive.read_bytes()[:-1] + b"?"
     with serve(wrong) as url:
-        assert f"{url}: ValueError('wrong checksum" in refusal(url=url, md5=md5_of(archive))
+        assert f"{url}: wrong checksum" in refusal(url=url, md5=md5_of(archive))
     assert names(folder) == []
     (folder / ARCHIVE).write_bytes(wrong)
-    assert f"data/{ARCHIVE}: ValueError('wrong checksum" in refusal(md5=md5_of(archive))
+    assert f"data/{ARCHIVE}: wrong checksum" in refusal(md5=md5_of(archive))
     assert names(folder) == [ARCHIVE]
 
 
@@ -159,7 +159,7 @@ def test_message_says_what_to_do(folder: Path) -> None:
     url = f"http://127.0.0.1:{port}/{ARCHIVE}"  # nothing listens there now
     message = refusal(url=url)
     assert "Connection refused" in message
-    assert f"Put {url} into DATA_DIR by hand, as data/{ARCHIVE}" in message
+    assert f"save it as data/{ARCHIVE} (DATA_DIR names another folder)" in message
     assert '-b "training_loop.data=@digits"' in message
     assert str(folder) not in message
     assert names(folder) == []
@@ -189,7 +189,7 @@ def stall(connection: socket.socket) -> None:
 def test_silent_server_is_given_up(folder: Path, answer: Callable[[socket.socket], None]) -> None:
     with listen(answer) as url:
         start = time.monotonic()
-        with pytest.raises(Unavailable, match=f"{url}: TimeoutError"):
+        with pytest.raises(Unavailable, match=f"{url}: (no answer in time|timed out)"):
             download(url, folder / ARCHIVE, "no checksum", timeout=0.3)
         assert time.monotonic() - start < 3
     assert names(folder) == []
@@ -226,7 +226,7 @@ def test_unwritable_data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "file").touch()
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "file" / "data"))
     message = refusal(url="http://127.0.0.1:9/")
-    assert "NotADirectoryError" in message and "DATA_DIR" in message
+    assert "Not a directory" in message and "DATA_DIR" in message
 
 
 class Evil:
