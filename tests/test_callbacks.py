@@ -229,6 +229,8 @@ def test_tensorboard_holds_every_epoch_once_also_when_the_run_goes_on(small, mai
     events = assert_every_epoch_once("a")
     assert len(files("a")) == 2
     assert [p.step for p in events.Scalars("step/loss")][-4:] == [36, 39, 42, 44]
+    configs = {p.step: p.tensor_proto.string_val[0].decode() for p in events.Tensors("config/text_summary")}
+    assert [f"n_epochs = {n}" in configs[step] for step, n in ((0, 2), (2, 4))] == [True, True]
     # Nothing left to train: nothing more is written.
     assert main("train", "a", small, "-b", "training_loop.n_epochs=4;training_loop.reload=True") == 0
     assert_every_epoch_once("a")

@@ -157,10 +157,12 @@ def test_jobs_run_where_the_launcher_was_called_and_leave_log_and_mark(place):
     jobs = read_batch(batch("pwd; echo wrong >&2; cat").rename("sub/batch.sh"))
     printed = launch(path="sub/batch.sh")
     assert re.search(r"\[1/1\] finished  pwd; echo wrong >&2; cat  \d+ s\n1 of 1 jobs are finished\n$", printed)
-    assert jobs[0].path.with_suffix(".log").read_text() == f"{place}\nwrong\n"  # cat had nothing to read
+    assert (
+        jobs[0].path.with_suffix(".log").read_text() == f"$ {jobs[0].line}\n{place}\nwrong\n"
+    )  # cat had nothing to read
     assert jobs[0].path.parent == Path("sub/batch.sh.jobs") and state(jobs[0]) == "finished"
     assert "0 of 1 jobs to do" in launch(path="sub/batch.sh")
-    assert jobs[0].path.with_suffix(".log").read_text().count("wrong") == 1
+    assert jobs[0].path.with_suffix(".log").read_text().count("\nwrong") == 1
     batch("echo another line").rename("sub/batch.sh")
     assert "1 of 1 jobs to do" in launch(path="sub/batch.sh")
 

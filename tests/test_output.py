@@ -366,7 +366,7 @@ def loud(script):
     return command
 
 
-EPOCH_LINE = r"epoch (\d)/2  loss .*  val_acc .*  [\d,]+ images/s  \d:\d\d, \d:\d\d left"
+EPOCH_LINE = r"epoch (\d)/2  loss .*  val_acc .*  [\d,]+ images/s  \d:\d\d left"
 
 
 def assert_complete(run_dir: str) -> None:

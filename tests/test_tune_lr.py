@@ -76,7 +76,7 @@ def test_prepare_names_a_run_whose_config_is_another_and_writes_nothing(made):
 def test_the_best_rate_by_valid_with_its_test_metric_alone(made):
     found = json.loads(tune(made, "report", "--json").stdout)
     assert found["best"] == 0.03 and found["left_out"] == {}
-    assert "Test: 97.20 ± 0.50 (95 % interval) %, n = 3" in found["verdict"][0]  # t(2) 4.3027 x 0.2 / sqrt(3)
+    assert "Test acc: 97.20 ± 0.50 %, 95 % interval, n = 3" in found["verdict"][0]  # t(2) 4.3027 x 0.2 / sqrt(3)
     assert "differs from the second, 0.001" in found["verdict"][1]
     assert len(found["verdict"]) == 2  # not at the edge
     assert [row["mean"] for row in found["table"]] == pytest.approx([91, 98.2, 45])

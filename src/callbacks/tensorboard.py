@@ -34,7 +34,9 @@ class TensorBoard(Callback):
 
             for event in LegacyEventFileLoader(str(file)).Load():
                 self.written |= {(value.tag, event.step) for value in event.summary.value}
-        self._write(text("config", "    " + config.replace("\n", "\n    ")), len(history))  # type: ignore[no-untyped-call]
+        # Each file begins with the config, at the epoch from which it holds.
+        config = "    " + config.replace("\n", "\n    ")
+        self.first = Event(step=len(history), summary=text("config", config))  # type: ignore[no-untyped-call]
         for row in history:
             self.on_epoch_end(int(row["epoch"]), row)
 
@@ -45,6 +47,7 @@ class TensorBoard(Callback):
         name = f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
         records = RecordWriter(open(self.folder / name, "ab", buffering=0))  # noqa: SIM115
         records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        records.write(self.first.SerializeToString())
         return records
 
     def _write(self, summary: Summary, step: int) -> None:
