@@ -143,7 +143,7 @@ class TrainingLoop:
 
         # From here on the folder is the run's.
         with stop.deferred():
-            run.open()
+            team.share(run.open())  # the others wait until the folder is there
             start = {"device": str(self.place), "threads": torch.get_num_threads(), "processes": team.size}
             run.record(state, facts, start)
         stop.raise_if_asked()
