@@ -53,7 +53,7 @@ def main() -> int:
             server.wait()
     for name in ("report.png", "tensorboard.png"):
         with Image.open(HERE / name) as picture:
-            picture.convert("RGB").quantize(256).save(HERE / name, optimize=True)
+            picture.convert("RGB").quantize(64, Image.Quantize.FASTOCTREE).save(HERE / name, optimize=True)
     return 0
 
 
