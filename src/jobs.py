@@ -182,7 +182,8 @@ class Launcher:
         while shell.poll() is None:
             for number in self.signals[n_passed_on:]:
                 n_passed_on += 1
-                os.killpg(shell.pid, number)
+                with suppress(ProcessLookupError, PermissionError):  # it has just ended
+                    os.killpg(shell.pid, number)
             await asyncio.sleep(POLL_SECONDS)
         code = shell.returncode if shell.returncode >= 0 else 128 - shell.returncode
         stopped = code == 0 or code - 128 in SIGNALS  # the first without the end of the run: it was to stop at a step

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import socket
 import sys
 import time
@@ -25,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from src import record
-from src.config import Config, Refused, Settings, read_flat
+from src.config import Config, Refused, Settings, read_flat, refused_at
 from src.output import Output
 
 # Settings that may differ when a run goes on, since they do not change what is computed.
 LOOP_FREE = "n_epochs reload accept_changes init_from commit_every stop_at device log_every detect_anomaly n_workers"
 FREE = {f"training_loop.{name}" for name in LOOP_FREE.split()}
 # Where data come from: their fingerprint is compared.
-FREE |= {"cifar10.url", "cifar10.md5", "cifar10.timeout", "image_folder.folder"}
+FREE |= {"cifar10.url", "cifar10.md5", "image_folder.folder"}
 PACKAGES = ("torch", "torchvision", "poutyne", "gin-config", "numpy")  # whose versions each start records
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 DIGEST_BYTES = 32
@@ -74,6 +73,10 @@ class Run:
 
     def _look(self) -> None:
         path = self.path
+        try:
+            str(path.resolve()).encode()
+        except UnicodeError:
+            raise Refused(f"{str(path)!a}: its name is not UTF-8: choose another folder for the run") from None
         if path.exists() and not path.is_dir():
             raise Refused(f"{path}: is a file: give the name of a folder for the run")
         place = next(p for p in (path, *path.parents) if p.exists())
@@ -90,10 +93,11 @@ class Run:
             raise Refused(f"{path}: holds a run already: {advice}")
         self._lock()
         names = os.listdir(path)  # as it stays from here on
-        if "meta.json" in names:
-            self.meta = read_meta(path)
         self.has_commit = "checkpoint.pt" in names or "checkpoint.prev.pt" in names
         self.is_pruned = "FINISHED" in names and not self.has_commit
+        if self.has_commit or self.is_pruned or "meta.json" in names:
+            with refused_at(path / "meta.json"):
+                self.meta = read_meta(path)
 
     def _lock(self) -> None:
         # A POSIX lock belongs to the process alone: it dies with it, and no child keeps it alive.
@@ -102,15 +106,19 @@ class Run:
             try:
                 fcntl.lockf(self._heartbeat, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 OWN.add(self.path.resolve())
+                os.utime(self._heartbeat)  # not stalled while it starts
                 return
             except (BlockingIOError, PermissionError):
                 time.sleep(0.02)
             except OSError as error:
                 if os.listdir(self.path) == ["HEARTBEAT"]:
-                    shutil.rmtree(self.path)
+                    (self.path / "HEARTBEAT").unlink()
+                    with suppress(OSError):  # it is a link to a folder
+                        self.path.rmdir()
                 reason = f"this file system has no locks ({error.strerror})"
                 raise Refused(f"{self.path}: {reason}: choose a folder on another one") from None
-        start = read_meta(self.path)["starts"][-1] if (self.path / "meta.json").exists() else {}
+        with refused_at(self.path / "meta.json"):
+            start = read_meta(self.path)["starts"][-1] if (self.path / "meta.json").exists() else {}
         owner = f"process {start['pid']} on {start['host']}" if start else "another process"
         raise Refused(f"{self.path}: {owner} is writing to this run: wait for it, or choose another folder")
 
@@ -137,6 +145,8 @@ class Run:
         """
         if not (state or self.is_pruned):
             return
+        if state and "config" not in state:
+            raise Refused(f"{self.path}: was made by an older version: go on with the code in its code.tar.gz")
         old, new = dict(state["config"]) if state else read_flat(self.path / "config.gin"), self.config.flat()
         for flat, found in ((old, state["data"] if state else self.meta["data"]), (new, data)):
             flat["data"] = f"{found['name']} (fingerprint {found['fingerprint'][:12]})"

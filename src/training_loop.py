@@ -36,7 +36,7 @@ from src.data.dataset import Batches, Data
 from src.distributed import GlobalBatch, Team, norms_of_one_process, unreached_draws
 from src.metrics import Accuracy, Sums
 from src.models.summary import summarise
-from src.run import Run, Shadow, read_checkpoint
+from src.run import Run, read_checkpoint
 from src.stop import Stopped, StopRequest
 
 BUCKET_MB = 25  # of gradients that DistributedDataParallel sums at once
@@ -52,7 +52,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 class TrainingLoop:
     """What a run can be told; `train` does it."""
 
-    run: Run | Shadow  # its folder
+    run: Run  # its folder
     stop: StopRequest  # the signals that ask for a stop
     team: Team  # the processes that torchrun has started
     # What builds the parts, uncalled: the loop seeds, then builds. It supplies input_shape and n_classes, the
@@ -127,7 +127,7 @@ class TrainingLoop:
 
         # All parts, tried in memory.
         self._set_torch()
-        trainer: Trainer = (self.trainer or Trainer)(loop=self)
+        trainer: Trainer = build(self.trainer or Trainer, loop=self)
         callbacks = build_callbacks(trainer)
         print(try_one_batch(trainer))
         if team.size > 1:
@@ -143,9 +143,11 @@ class TrainingLoop:
 
         # From here on the folder is the run's.
         with stop.deferred():
-            team.share(run.open())  # the others wait until the folder is there
+            run.open()
+            team.share(None)  # the others wait until the folder is there
             start = {"device": str(self.place), "threads": torch.get_num_threads(), "processes": team.size}
             run.record(state, facts, start)
+            stop.signal = max(team.collect(stop.signal))
         stop.raise_if_asked()
 
         # Trained, unless it is done.
@@ -164,8 +166,7 @@ class TrainingLoop:
             tensorboard = TensorBoard(run.path, at.history, run.config.text(), shown)
         called = [*callbacks, Commits(self, trainer, callbacks, tensorboard, at, state)]
         if tensorboard:  # what stands behind the commits sees committed epochs only
-            terminal = run.output.terminal if run.output else None
-            called += [tensorboard, Progress(terminal, trainer.batches)]
+            called += [tensorboard, Progress(run.output.terminal, trainer.batches)]
         if run.profile:
             called.append(profile(run.path / "profile.json"))
         with stop.deferred():
@@ -254,9 +255,9 @@ def find_device(name: str) -> torch.device:
     n_here, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()  # here: processes
     if name == "auto":
         name = "cuda" if n_gpus else "mps" if torch.backends.mps.is_available() and n_here == 1 else "cpu"
-    if n_here > 1 and name == "cuda":
-        if n_here > n_gpus:
-            raise Refused(f"training_loop.device: {n_here} processes need a GPU each, but {n_gpus} are here")
+    if n_here > 1 and name.startswith("cuda"):
+        if name != "cuda" or n_here > n_gpus:
+            raise Refused(f"training_loop.device = {name!r}: {n_here} processes need a GPU each of {n_gpus} here")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     with refusing(f"training_loop.device = {name!r}: cannot be used here"):
         return torch.empty(0, device=name).device
@@ -488,7 +489,7 @@ class Commits(poutyne.Callback):
     callbacks: Sequence[poutyne.Callback]
     tensorboard: TensorBoard | None
     at: Position
-    state: Mapping[str, Any] | None  # the last commit, until it is gone on from
+    state: dict[str, Any] | None  # the last commit, until it is gone on from
     due_time: float | None = None  # of the next commit inside an epoch
 
     def __post_init__(self) -> None:
@@ -532,11 +533,13 @@ class Commits(poutyne.Callback):
             self._commit(self._pending())
             self.run.write_settings()
 
+    def on_backward_end(self, batch_number: int) -> None:
+        self.at.lr = self.trainer.optimizer.param_groups[0]["lr"]  # of this step; schedules come after
+
     def on_train_batch_end(self, batch_number: int, logs: dict[str, Any]) -> None:
         at = self.at
         at.step += 1
         at.total_steps += 1
-        at.lr = self.trainer.optimizer.param_groups[0]["lr"]
         self.run.beat(at.total_steps)
         is_last = at.step == self.trainer.batches.n_batches
         if is_last or at.step % self.log_every == 0:
@@ -546,7 +549,8 @@ class Commits(poutyne.Callback):
         if is_last:
             self.train_end = time.perf_counter()
             # Without sync_batch_norm each process has its own.
-            self.team.copy_first([*self.trainer.network.buffers(), *self.trainer.shown.buffers()])
+            networks = dict.fromkeys((self.trainer.network, self.trainer.shown))
+            self.team.copy_first([buffer for network in networks for buffer in network.buffers()])
             self.trainer.sums.feed()
             self.at_train_end = self._pending()
         if self.trainer.updated:  # never inside an accumulation
@@ -615,7 +619,7 @@ class Commits(poutyne.Callback):
             # During validation the sums are those of the valid split: take what the training left.
             self._commit(self.at_train_end or self._pending())
         if is_stop:
-            sent = f", sent to rank {rank}," if self.team.size > 1 else ""  # whose machine may be going
+            sent = f", sent to rank {rank}," if signal and self.team.size > 1 else ""  # whose machine may be going
             place, advice = f"epoch {at.epoch + 1}, after step {at.step}", "go on with training_loop.reload=True"
             where = f"{sent} in {place}; all is saved: {advice}"
             self.stop.signal = signal

@@ -20,7 +20,7 @@ from src import results
 from src.callbacks import WarmupCosine
 from src.config import ROOT
 from src.reproduce import parts_of
-from src.run import read_checkpoint, read_meta
+from src.run import read_checkpoint, read_meta, write_checkpoint
 from tests.conftest import copy_code, refusal_of_unprivileged
 from tests.test_refusals import contents
 
@@ -709,6 +709,30 @@ def test_a_name_that_no_folder_can_have_is_refused(main, capfd, tmp_path, name):
     assert main("train", name, "a.gin") == 2
     assert len(capfd.readouterr().err.splitlines()) == 1
     assert contents(tmp_path) == before
+
+
+def test_a_run_that_has_lost_its_record_or_is_of_an_older_version_is_refused(main, capfd):
+    assert main("train", "run", "a.gin", "-b", "training_loop.n_epochs=1") == 0
+    shutil.copytree("run", "older")
+    older = read_checkpoint(Path("older/checkpoint.pt"))
+    write_checkpoint(Path("older/checkpoint.pt"), {k: v for k, v in older.items() if k != "config"})
+    shutil.copytree("run", "lost")
+    Path("lost/meta.json").unlink()
+    Path("run/meta.json").write_bytes(b"\xff{")
+    said = {
+        "run": "run/meta.json: ",
+        "lost": "lost/meta.json: No such file",
+        "older": "older: was made by an older version",
+    }
+    for run, message in said.items():
+        before = contents(Path(run))
+        capfd.readouterr()
+        assert main("train", run, "a.gin", *RELOAD) == 2
+        errors = capfd.readouterr().err
+        assert errors.startswith(f"train.py: {message}") and len(errors.splitlines()) == 1
+        assert contents(Path(run)) == before
+    assert main("train", os.fsdecode(b"a\xff"), "a.gin") == 2
+    assert "its name is not UTF-8" in capfd.readouterr().err
 
 
 def test_a_folder_below_one_that_cannot_be_read_is_refused():

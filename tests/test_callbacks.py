@@ -160,6 +160,20 @@ def test_early_stopping_remembers_across_a_reload(small, main, name):
     assert len(results.load_history("a")) == 4  # epoch 1 was the best; then three without
 
 
+def test_a_callback_made_from_early_stopping_may_remember_more():
+    class Patient(poutyne.EarlyStopping):
+        def state_dict(self):
+            return {"wait": self.wait, "more": self.more}
+
+        def load_state_dict(self, state):
+            self.wait, self.more = state["wait"], state["more"] + 1
+
+    callback = Patient(monitor="val_loss")
+    callback.wait, callback.more = 2, 7
+    external.load_state_dict(callback, external.state_dict(callback))
+    assert (callback.wait, callback.more) == (2, 8)
+
+
 def test_a_callback_says_what_it_remembers(small, main, capfd):
     Path("forgetful.py").write_text(
         "import gin\nfrom poutyne import Callback\n\n"

@@ -60,7 +60,7 @@ def state_dict(callback: poutyne.Callback) -> dict[str, Any]:
 
 def load_state_dict(callback: poutyne.Callback, state: dict[str, Any]) -> None:
     """Gives the callback what `state_dict` returned."""
-    if isinstance(callback, poutyne.EarlyStopping):
+    if isinstance(callback, poutyne.EarlyStopping) and not hasattr(callback, "load_state_dict"):
         vars(callback).update(state)
     elif hasattr(callback, "torch_lr_scheduler"):  # its settings are the config's, its base rates the optimizer's
         settings = {*inspect.signature(callback.torch_lr_scheduler).parameters, "base_lrs"} - {"last_epoch"}
