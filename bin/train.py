@@ -12,7 +12,9 @@ Exit codes: 0 finished; 1 the run failed; 2 refused, and nothing was created or 
 
 import argparse
 import os
+import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -75,5 +77,8 @@ if __name__ == "__main__":
     if "RANK" in os.environ:  # gloo's threads may abort a process that takes itself apart
         sys.stdout.flush()
         sys.stderr.flush()
+        if code == 2 and os.environ["RANK"] != "0":  # torchrun ends all once one has ended, and the first says why
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
         os._exit(code)
     sys.exit(code)

@@ -110,7 +110,8 @@ class TrainingLoop:
 
         # The data, and whether the folder holds a run of them, with these settings, to go on with.
         data = self.dataset = self._fetch()
-        if not team.size <= self.batch_size <= (n := len(data.train)):
+        n = len(data.train)
+        if not team.size <= self.batch_size <= n:
             expected = f"{data.name} has {n} images to train on: give {team.size} to {n}"
             raise Refused(f"training_loop.batch_size = {self.batch_size}, but {expected}")
         if data.choice is not None:
