@@ -42,7 +42,7 @@ def copier(*arguments: str | Path, folder: Path) -> str:
 
 def files(folder: Path) -> dict[str, bytes]:
     names = git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
-    return {name: (folder / name).read_bytes() for name in names if name}
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}  # not deleted
 
 
 @pytest.fixture
