@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import fcntl
 import importlib.util
 import os
 import signal
@@ -43,6 +44,17 @@ settings.load_profile("any machine")
 os.environ.pop("PYTHONUNBUFFERED", None)
 # Networks this small are fastest so, and several processes do not fight for the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Under -n a test that is marked alone waits for those of the other processes, and they for it."""
+    with open(__file__) as file:
+        fcntl.flock(file, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # a process that the test has left has it, too
 
 
 def copy_code(folder: Path) -> Path:

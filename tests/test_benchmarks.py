@@ -19,11 +19,13 @@ def _median_ratio(measure, base: str, rounds: int, limit: float) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_an_epoch_costs_what_a_bare_loop_costs(tmp_path):
     assert _median_ratio(lambda name: epoch_cost(name, 3840, tmp_path)[0], "bare", rounds=5, limit=1.15) <= 1.15
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.usefixtures("main")  # which puts back the signal handlers that a run in this process leaves
 def test_a_step_costs_what_a_bare_loop_costs(tmp_path):
     loops = step_loops(128, 128, 1000, tmp_path)

@@ -356,6 +356,7 @@ def test_no_file_of_a_run_runs_code(small, main, capfd, kind, sealed):
 # --- one owner ------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(small, main, child, capfd):
     assert main("train", "whole", small, *LONG) == 0
     first = child("run", *LONG)

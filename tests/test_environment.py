@@ -106,6 +106,8 @@ def test_github_and_pre_commit_call_what_ci_calls() -> None:
     assert all(version in allowed for version in workflow["strategy"]["matrix"]["python"])
     assert workflow["steps"][-1]["run"].endswith("bash .ci/run")
     script = (ROOT / ".ci/run").read_text()
+    (tests,) = re.findall(r"^pytest.*$", (ROOT / "README.md").read_text(), re.M)
+    assert f"\n./e.sh {tests} | tee" in script
     (hooks,) = (repo["hooks"] for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"])
     assert len(hooks) == 3
     for hook in hooks:
@@ -341,6 +343,7 @@ def test_without_a_command_usage(tmp_path: Path, arguments: list[str]) -> None:
     assert not clone.venv.exists()
 
 
+@pytest.mark.alone
 def test_second_call_adds_under_100_ms(clone: Clone, shell: list[str]) -> None:
     def median_seconds(script: str) -> float:
         times = []

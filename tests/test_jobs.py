@@ -218,6 +218,7 @@ def test_a_process_that_outlives_its_shell_keeps_the_job(place):
 # --- stop, fail, retry
 
 
+@pytest.mark.alone
 def test_sigterm_stops_the_jobs_and_the_same_command_goes_on(place):
     Path("saves.py").write_text(
         "import signal, sys, time\n"

@@ -257,6 +257,7 @@ def test_awkward_folders_are_all_listed_with_what_is_wrong(tmp_path, main, capfd
     assert main("runs", tmp_path / "runs", "--prune") == 0
 
 
+@pytest.mark.alone
 def test_a_thousand_runs_are_read_at_once(tmp_path):
     contents = {name: (EXAMPLE / name).read_bytes() for name in FILES}
     for k in range(1000):

@@ -245,6 +245,7 @@ def test_data_that_are_waited_for_are_spoken_of_once(main, capfd, module, bindin
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_answers_and_refusals_come_soon():
     """Half as long again as they should take is let pass, for a machine that is busy."""
     train = [sys.executable, str(ROOT / "bin/train.py")]

@@ -185,6 +185,7 @@ def stall(connection: socket.socket) -> None:
     wait_to_be_left(connection)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("answer", [wait_to_be_left, drip_headers, stall])
 def test_silent_server_is_given_up(folder: Path, answer: Callable[[socket.socket], None]) -> None:
     with listen(answer) as url:
@@ -195,6 +196,7 @@ def test_silent_server_is_given_up(folder: Path, answer: Callable[[socket.socket
     assert names(folder) == []
 
 
+@pytest.mark.alone
 def test_slow_download_is_not_given_up(archive: Path, folder: Path) -> None:
     with serve(archive.read_bytes(), pause=0.1) as url:
         assert download(url, folder / ARCHIVE, md5_of(archive), timeout=0.3) == archive.read_bytes()
