@@ -5,7 +5,7 @@
     bin/evaluate.py results/first --split valid --json
     bin/evaluate.py results/first --predictions predictions.csv
 
-Exit codes: 0 done; 2 refused.
+Exit codes: 0 done; 1 an input cannot be read; 2 refused.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from src import results
-from src.config import Refused
+from src.config import Failed, Refused
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,9 +36,9 @@ def main(argv: list[str]) -> int:
         if arguments.predictions:
             table = predictions(targets, outputs)
             table.to_csv(arguments.predictions, index_label="index", float_format="%.6g")
-    except (Refused, OSError) as error:
+    except (Refused, Failed, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
     if arguments.json:
         print(results.to_json({"run": arguments.run_dir, **metrics}))
     else:

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--retry", type=int, default=0, metavar="N", help="run a failed job again up to N times")
     parser.add_argument("--frozen", action="store_true", help="run the code as it was at prepare: code.tar.gz")
     # argparse would take the value of --slurm, which begins with --, for an option.
-    options = parser.parse_args("\0".join(argv[1:]).replace("\0--slurm\0", "\0--slurm=").split("\0"))
+    options = parser.parse_args("\0".join(argv).replace("\0--slurm\0", "\0--slurm=").split("\0")[1:])
     if "" in options.gpus or (options.workers is not None and (options.workers < 1 or options.gpus)):
         parser.error("give --gpus the name of each GPU, such as 0,1, or --workers a number of jobs at a time, from 1")
     try:

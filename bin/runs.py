@@ -32,12 +32,12 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv[1:])
     try:
         runs = results.find_runs(arguments.folder)
-    except Refused as refusal:
-        print(f"runs.py: {refusal}", file=sys.stderr)
+        if arguments.prune:
+            prune(runs, delete=arguments.yes)
+            return 0
+    except (Refused, OSError) as error:
+        print(f"runs.py: {error}", file=sys.stderr)
         return 2
-    if arguments.prune:
-        prune(runs, delete=arguments.yes)
-        return 0
     rows = [results.overview(run) for run in runs]
     if arguments.json:
         print(results.to_json([{name: row[name] for name in row if name != "config"} for row in rows]))

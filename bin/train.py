@@ -59,13 +59,13 @@ def train(run: Run, stop: StopRequest) -> None:
     import gin
 
     from src import results, training_loop
-    from src.distributed import team_of_environment
+    from src.distributed import Team
 
     run.config = training_loop.configure(run.settings)
     for warning in run.config.warnings:
         run.warn(warning)
     run.config.apply()
-    team = team_of_environment()
+    team = Team(run.output.rank, int(os.environ.get("WORLD_SIZE", 1)))
     with team.watching(stop):
         data = training_loop.TrainingLoop(run, stop, team, **gin.get_bindings("training_loop")).train()
     if team.part.rank == 0:

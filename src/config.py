@@ -14,6 +14,7 @@ import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from inspect import Parameter
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,7 +86,7 @@ class Macro(str):
     """`%name`: stands for the value that `name = value` gives it."""
 
 
-# What the parser makes of names. None has brackets: it is the loop that calls, once it has seeded.
+# What the parser makes of names. None has brackets: gin calls nothing; the loop does, once it has seeded.
 DELEGATE = SimpleNamespace(macro=Macro, configurable_reference=lambda n, called: Reference(f"{n}()" if called else n))
 
 
@@ -232,12 +233,7 @@ def read_flat(path: Path) -> dict[str, str]:
 # --- gin's registry -------------------------------------------------------------------------------
 def library(prefix: str) -> Callable[[Register], Register]:
     """Decorates what registers a part of a library once a config names it: its name begins with the prefix."""
-
-    def decorate(register: Register) -> Register:
-        LIBRARIES[prefix] = lambda name: None if name in REGISTRY else register(name)  # gin takes a name only once
-        return LIBRARIES[prefix]
-
-    return decorate
+    return partial(LIBRARIES.setdefault, prefix)
 
 
 def register_builder(full_name: str, build: Callable[..., Any], parameters: Iterable[Parameter]) -> None:
@@ -259,7 +255,7 @@ def _known(part: str) -> Any:
     """What gin knows of a configurable. Raises Refused for a name that is unknown or has several owners."""
     name = part.rpartition("/")[2]
     for prefix, register in LIBRARIES.items():
-        if name.startswith(prefix):
+        if name.startswith(prefix) and name not in REGISTRY:  # gin takes a name only once
             register(name)
     selectors = [s for s in REGISTRY.matching_selectors(name) if _name(s) == name]
     if len(selectors) > 1:

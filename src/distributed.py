@@ -45,13 +45,13 @@ class Team:
         """Meets the others: gloo for tensors on the CPU, nccl for those on GPUs."""
         if self.size == 1:
             return
-        if sys.platform == "linux":  # an agent that is killed takes its processes with it, saved
+        if sys.platform == "linux":  # if torchrun is killed, its processes get this, and commit
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if device.index is not None:
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))  # type: ignore[attr-defined]
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # its store still has the addresses of before a restart
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # after a restart its store still has the old addresses
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         members: list[Any] = [None] * self.size
@@ -159,11 +159,6 @@ class Team:
 ALONE = Team()
 
 
-def team_of_environment() -> Team:
-    """The processes that torchrun has started, or one alone."""
-    return Team(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-
-
 @contextmanager
 def replaced(functions: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
     """Has other functions stand in torch.nn.functional, where layers look theirs up by name at each call."""
@@ -214,17 +209,10 @@ class GlobalBatch:
         return x * mask[own.start * repeats : own.stop * repeats]
 
     def _batch_norm(
-        self,
-        normalise: Callable[..., Tensor],
-        x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
+        self, normalise: Callable[..., Tensor], x: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+        weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False, momentum: float = 0.1,
         eps: float = 1e-5,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         if not training:
             return normalise(x, running_mean, running_var, weight, bias, False, momentum, eps)
         kind, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 under autocast
@@ -271,9 +259,3 @@ def unreached_draws(network: nn.Module, x: Tensor) -> bool:
         before = draws()
         copy.deepcopy(network).train()(x)
         return not all(map(torch.equal, before, draws()))
-
-
-def norms_of_one_process(network: nn.Module) -> list[str]:
-    """Names of the layers that take mean and variance over the rows of one process, if nothing is done."""
-    kinds = nn.modules.batchnorm._BatchNorm
-    return [name for name, m in network.named_modules() if isinstance(m, kinds) and not isinstance(m, nn.SyncBatchNorm)]

@@ -186,7 +186,7 @@ class Launcher:
                     os.killpg(shell.pid, number)
             await asyncio.sleep(POLL_SECONDS)
         code = shell.returncode if shell.returncode >= 0 else 128 - shell.returncode
-        stopped = code == 0 or code - 128 in SIGNALS  # the first without the end of the run: it was to stop at a step
+        stopped = code == 0 or code - 128 in SIGNALS  # code 0 of a run that is not finished: stop_at
         outcome = "finished" if state(job) == "finished" else "stopped" if stopped else "failed"
         more = f"{time.monotonic() - began:.0f} s"
         if outcome == "failed":

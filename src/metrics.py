@@ -159,7 +159,7 @@ def register_torchmetric(full_name: str) -> None:
             settings["num_classes"] = n_classes
         built = metric(**settings)
         built.name = gin.current_scope_str() or re.sub(r"(?<!^)(?=[A-Z])", "_", metric.__name__).lower()
-        built.persistent(True)  # its sums belong into the checkpoint
+        built.persistent(True)  # its sums belong in the checkpoint
         built.sync_on_compute = False  # it is given the rows of all processes
         return built
 

@@ -1,6 +1,7 @@
 """Repeats a run from its folder alone: its code, its settings, in their order."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -8,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.config import Failed, Refused
+from src.config import Failed, Refused, refused_at
 from src.record import unpack
 from src.results import load_history
 from src.run import read_meta
@@ -29,7 +30,9 @@ def reproduce(run: Path, new: Path) -> None:
         raise Refused(f"{run}: has no epoch to compare with")
     if new.exists():
         raise Refused(f"{new}: is there already: choose a new folder for the repeated run")
-    parts = parts_of(read_meta(run)["starts"])
+    with refused_at(run / "meta.json"):
+        parts = parts_of(read_meta(run)["starts"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the repeated run, which saves and ends
     for k, part in enumerate(parts):
         bindings = [f"training_loop.n_epochs={len(history)}"]
         if k > 0:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import socket
 import sys
 import time
@@ -192,8 +193,10 @@ class Run:
         begin = {key: state[key] if state else 0 for key in ("epoch", "step", "total_steps")}
         self.beat(begin["total_steps"])
         self.output.move_to(self.path)
-        if not state:  # what was killed before its first commit leaves its starts alone
+        if not state:  # what was killed before its first commit leaves only the list of its starts
             self.meta = {"starts": self.meta["starts"], "warnings": self.meta["warnings"]}
+            for events in self.path.glob("events.out.tfevents.*"):
+                events.unlink()
         meta, now, number = self.meta, timestamp(), len(self.meta["starts"]) + 1
         self._facts = dict(facts)
         self._settle(state)
@@ -429,7 +432,12 @@ def write(path: Path, content: str | bytes | memoryview, previous: Path | None =
         raise
     if previous and path.exists():  # as another name of the file: `path` exists at every instant
         previous.unlink(missing_ok=True)
-        os.link(path, previous)
+        try:
+            os.link(path, previous)
+        except OSError as error:
+            if error.errno in DISK_ERRORS:
+                raise
+            shutil.copyfile(path, previous)  # this file system has no links
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)

@@ -17,7 +17,7 @@ from src.jobs import frozen_code, read_batch, state
 # A SIGTERM makes srun kill all at once; a SIGUSR1 it passes on, and so does torchrun, when it is told to.
 KEEP = 'trap "kill -USR1 \\$srun" INT TERM; setsid srun "$@" & srun=$!; '
 KEEP += "while wait $srun; code=$?; kill -0 $srun 2> /dev/null; do :; done; exit $code"
-# Without the second, agents would meet again at the addresses of before a restart.
+# Without the second, what torchrun starts again would meet at the old addresses.
 VARIABLES = "TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 SRUN = f"env {VARIABLES} bash -c {shlex.quote(KEEP)} srun"
 
@@ -87,5 +87,5 @@ def torchrun() -> str:
     job = os.environ["SLURM_JOB_ID"]
     head = os.environ["SLURMD_NODENAME"]  # the first of them, where this runs
     rendezvous = f"--rdzv-backend=c10d --rdzv-endpoint={head}:{20000 + int(job) % 20000} --rdzv-id={job}"
-    srun = f"--nodes={nodes} --ntasks={agents} --ntasks-per-node={agents // nodes} --kill-on-bad-exit=0"
+    srun = f"--nodes={nodes} --ntasks={agents} --ntasks-per-node={-(-agents // nodes)} --kill-on-bad-exit=0"
     return f"{SRUN} {srun} torchrun --nnodes={agents} --nproc-per-node={processes} {rendezvous}"

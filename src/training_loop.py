@@ -33,7 +33,7 @@ from src.callbacks.progress import Progress
 from src.callbacks.tensorboard import TensorBoard
 from src.config import Failed, Refused, check, nearest
 from src.data.dataset import Batches, Data
-from src.distributed import GlobalBatch, Team, norms_of_one_process, unreached_draws
+from src.distributed import GlobalBatch, Team, unreached_draws
 from src.metrics import Accuracy, Sums
 from src.models.summary import summarise
 from src.run import Run, read_checkpoint
@@ -69,7 +69,7 @@ class TrainingLoop:
     accumulate: int = 1  # batches an optimizer step; their gradients make the mean over all their images
     clip_norm: float | None = None  # the largest norm of all gradients together; larger ones are scaled down to it
     # 0.999, say: validation, best.pt and the test take an exponential moving average of the weights over the steps
-    # (Polyak and Juditsky 1992), with the last step's buffers. In the first n steps the decay is at most
+    # (Polyak and Juditsky 1992), with the last step's buffers. At step n the decay is at most
     # (1 + n) / (10 + n), as in TensorFlow, so that the random weights of the beginning are forgotten.
     ema_decay: float | None = None
     # 'bf16': the forward in bfloat16 where autocast does; weights and loss stay in fp32. 'fp64': for checks.
@@ -118,6 +118,9 @@ class TrainingLoop:
             run.config = run.config.choose("data", data.choice)
         sizes = {"n_train": n, "n_valid": len(data.valid), "n_test": len(data.test), "n_classes": data.n_classes}
         about = {"name": data.name, "fingerprint": data.fingerprint, "input_shape": list(data.input_shape), **sizes}
+        if not (len(data.valid) and len(data.test)):
+            have = f"{len(data.valid)} images to validate and {len(data.test)} to test"
+            raise Refused(f"{data.name} has {have}: let each split have some")
         state = run.last_commit()
         run.refuse_changes(about, state, accept=self.accept_changes)
         is_pruned, state, run.changed = team.share((run.is_pruned, state, run.changed))
@@ -210,7 +213,7 @@ def refusing(what: str) -> Iterator[None]:
     """Errors that settings lead to become Refused: `what: the error (file:line)`, where the last code of ours is."""
     try:
         yield
-    except (RuntimeError, TypeError, ValueError, IndexError, ImportError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ImportError, AssertionError) as error:
         place = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename][-1]
         said = str(error).partition("\n  In call to configurable")[0]  # by gin
         raise Refused(f"{what}: {said} ({place.filename}:{place.lineno})") from None
@@ -253,12 +256,12 @@ def read_interval(commit_every: int | str | None) -> tuple[int | None, float | N
 
 def find_device(name: str) -> torch.device:
     """The device, or Refused. 'auto' is cuda, then mps, then cpu; of several processes each has a GPU of its own."""
-    n_here, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()  # here: processes
+    n_processes, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()  # on this machine
     if name == "auto":
-        name = "cuda" if n_gpus else "mps" if torch.backends.mps.is_available() and n_here == 1 else "cpu"
-    if n_here > 1 and name.startswith("cuda"):
-        if name != "cuda" or n_here > n_gpus:
-            raise Refused(f"training_loop.device = {name!r}: {n_here} processes need a GPU each of {n_gpus} here")
+        name = "cuda" if n_gpus else "mps" if torch.backends.mps.is_available() and n_processes == 1 else "cpu"
+    if n_processes > 1 and name.startswith("cuda"):
+        if name != "cuda" or n_processes > n_gpus:
+            raise Refused(f"training_loop.device = {name!r}: {n_processes} processes need a GPU each of {n_gpus} here")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     with refusing(f"training_loop.device = {name!r}: cannot be used here"):
         return torch.empty(0, device=name).device
@@ -295,6 +298,8 @@ def try_one_batch(trainer: "Trainer") -> str:
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.no_grad():
         with refusing(f"{name} does not take a batch of shape {shape}"):
             output, summary = summarise(network, x)
+        if not isinstance(output, Tensor):
+            raise Refused(f"{name} gives a {type(output).__name__}, but it must be one tensor")
         if not y.is_floating_point() and list(output.shape[:2]) != expected:
             raise Refused(f"{name} gives an output of shape {list(output.shape)}, but it must be {expected}")
         with refusing(f"the loss or a metric does not take {name}'s output"):
@@ -324,7 +329,9 @@ def warn_of_other_numbers(trainer: "Trainer") -> None:
     """Warns, for the record, of what makes several processes compute other numbers than one."""
     network, loss, causes = trainer.network, trainer.sums.loss, []
     x, y = trainer.first_batch()
-    if (norms := norms_of_one_process(network)) and not trainer.loop.sync_batch_norm:
+    kind, synced = nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm
+    norms = [k for k, m in network.named_modules() if isinstance(m, kind) and not isinstance(m, synced)]
+    if norms and not trainer.loop.sync_batch_norm:
         causes.append(f"batch norm takes the rows of each process ({', '.join(norms[:3])}) without sync_batch_norm")
     with torch.no_grad():
         output = copy.deepcopy(network).eval()(x)
@@ -398,11 +405,14 @@ class Trainer(poutyne.Model):
         changed, name = self.loop.run.changed, self.loop.run.config.flat()["training_loop.optimizer"][1:]
         if not {"training_loop.optimizer", f"{name}.amsgrad"} & changed.keys():  # they begin anew
             self.optimizer.load_state_dict(state["optimizer"])
-        accepted = {key: value for key, value in self.optimizer.defaults.items() if f"{name}.{key}" in changed}
-        if "lr" in accepted:
-            accepted["initial_lr"] = accepted["lr"]  # what schedules start from
+        defaults = self.optimizer.defaults
+        accepted = {k: v for k, v in defaults.items() if {f"{name}.{k}", f"training_loop.{k}"} & changed.keys()}
         for group in self.optimizer.param_groups:
+            base = group.get("initial_lr", group["lr"])  # what schedules start from
+            factor = group["lr"] / base if base else 1.0  # where they are
             group.update(accepted)
+            if "lr" in accepted:
+                group |= {"lr": accepted["lr"] * factor, "initial_lr": accepted["lr"]}
         if state["step"]:
             self.sums.load_pending(state["sums"], self.loop.place)
 
@@ -572,7 +582,7 @@ class Commits(poutyne.Callback):
             "data_wait": batches.waited / seconds,
             "commit_s": self.commit_s,
             "valid_s": time.perf_counter() - self.train_end,
-            "peak_mb": peak_memory(),
+            "peak_mb": peak_memory(self.loop.place),
         }
         value, best = row[self.loop.monitor], at.best["value"]
         if best is None or math.isnan(best) or (value > best if self.loop.monitor_mode == "max" else value < best):
@@ -653,10 +663,10 @@ class Commits(poutyne.Callback):
         self.due_time = time.monotonic() + seconds if seconds and self.team.part.rank == 0 else None
 
 
-def peak_memory() -> float:
-    """In MB, since the start: of the GPU if one is used, else of the process."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return torch.cuda.max_memory_allocated() / 1e6
+def peak_memory(device: torch.device) -> float:
+    """In MB, since the start: of the GPU if the device is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 

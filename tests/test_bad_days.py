@@ -22,6 +22,7 @@ from src.config import ROOT
 from src.reproduce import parts_of
 from src.run import read_checkpoint, read_meta, write_checkpoint
 from tests.conftest import copy_code, refusal_of_unprivileged
+from tests.test_callbacks import read_events
 from tests.test_refusals import contents
 
 # Runs the Python text in the file `train.30` at the 30th batch of a start that it trains on, for once. The first
@@ -399,6 +400,17 @@ def test_a_start_that_committed_nothing_leaves_no_facts(main):
     assert results.load_config("run")["training_loop.init_from"] == "None"
 
 
+def test_points_of_a_start_that_committed_nothing_are_gone(main):
+    act("train.15", "os.kill(os.getpid(), signal.SIGKILL)")
+    every = "training_loop.n_epochs=1;training_loop.log_every=5"
+    assert killed(main, "run", "a.gin", "-b", every)
+    assert [*Path("run").glob("events.out.tfevents.*")]
+    assert main("train", "run", "a.gin", *RELOAD, "-b", f"{every};training_loop.seed=1") == 0
+    assert main("train", "other", "a.gin", "-b", f"{every};training_loop.seed=1") == 0
+    points = [[(p.step, p.value) for p in read_events(run).Scalars("step/loss")] for run in ("run", "other")]
+    assert points[0] == points[1] and len(points[0]) == 5
+
+
 def test_an_accepted_rate_is_scheduled_from_its_first_step_on(main):
     schedule = "training_loop.callbacks=[@WarmupCosine];WarmupCosine.total_steps=66;WarmupCosine.warmup_steps=10"
     assert main("train", "run", "a.gin", "-b", f"{schedule};training_loop.stop_at=30") == 0
@@ -407,6 +419,20 @@ def test_an_accepted_rate_is_scheduled_from_its_first_step_on(main):
     state = read_checkpoint(Path("run/checkpoint.pt"))
     assert state["total_steps"] == 31
     assert state["lr"] == pytest.approx(0.01 * WarmupCosine(66, 10).factor(30))
+
+
+@pytest.mark.parametrize("stop_at", [44, 50])  # between epochs, and inside the third
+@pytest.mark.parametrize(
+    "schedule",
+    ["@StepLR];StepLR.step_size=1;StepLR.gamma=0.1", "@LRSchedule];LRSchedule.schedule=[[1,1.0],[2,0.1],[3,0.01]]"],
+)
+def test_a_schedule_goes_on_from_where_it_is_with_an_accepted_rate(main, schedule, stop_at):
+    settings = f"training_loop.callbacks=[{schedule}"
+    assert main("train", "run", "a.gin", "-b", f"{settings};training_loop.stop_at={stop_at}") == 0
+    changed = f"{settings};SGD.lr=0.5;training_loop.fused=False;training_loop.accept_changes=True"
+    assert main("train", "run", "a.gin", *RELOAD, "-b", changed) == 0
+    assert [row["lr"] for row in results.load_history("run")] == pytest.approx([0.05, 0.005, 0.005])
+    assert read_checkpoint(Path("run/checkpoint.pt"))["optimizer"]["param_groups"][0]["fused"] is None
 
 
 def test_what_does_not_change_the_result_needs_no_asking(main):

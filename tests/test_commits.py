@@ -210,6 +210,16 @@ def test_a_file_system_without_locks_is_refused(small, main, child, tmp_path, re
     assert contents(run) == before and run.exists() == reload
 
 
+@needs_root
+def test_a_file_system_without_links_keeps_the_commit_before_as_a_copy(small, main, child, tmp_path):
+    assert main("train", "whole", small) == 0
+    inject = ("-e", "trace=link,linkat", "-e", "inject=link,linkat:error=EPERM")
+    assert child(tmp_path / "run", strace=inject).communicate()[0] == 0
+    first, last = (read_checkpoint(Path("run", name))["epoch"] for name in ("checkpoint.prev.pt", "checkpoint.pt"))
+    assert first == last - 1 and Path("run/checkpoint.prev.pt").stat().st_nlink == 1
+    assert run_difference(Path("whole"), Path("run")) is None
+
+
 # --- the disk fails for a while -------------------------------------------------------------------
 
 

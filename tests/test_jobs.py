@@ -136,6 +136,16 @@ def test_a_wrong_batch_or_option_is_refused_and_nothing_created(place, name):
     assert contents(place) == before
 
 
+def test_without_a_batch_usage_and_options_in_any_order(place, main, capsys):
+    batch("echo")
+    with pytest.raises(SystemExit) as ended:
+        main("launch")
+    assert ended.value.code == 2 and "the following arguments are required: batch" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main("launch", "--slurm", "--partition=gpu", "batch.sh", "--workers", "0")
+    assert "--workers a number of jobs at a time" in capsys.readouterr().err
+
+
 def test_a_batch_that_cannot_be_read_is_refused(place, main, capsys):
     assert main("launch", "none.sh") == 2
     said = capsys.readouterr().err

@@ -11,7 +11,10 @@ from tests.conftest import refusal_of_unprivileged
 
 HELPERS = """
 import gin
+import torch
 from torch import nn
+from src.data import digits
+from src.data.dataset import divide
 
 
 @gin.register(denylist=["input_shape", "n_classes"])
@@ -24,6 +27,22 @@ class TooFew(nn.Sequential):
 class FiveByFive(nn.Sequential):
     def __init__(self, n_classes: int) -> None:
         super().__init__(nn.Flatten(), nn.Linear(25, n_classes))
+
+
+@gin.register(denylist=["input_shape", "n_classes"])
+class Two(nn.Linear):
+    def __init__(self, input_shape: tuple[int, ...], n_classes: int) -> None:
+        super().__init__(8, 10)
+
+    def forward(self, x):
+        return x, x
+
+
+@gin.register
+def no_test():
+    data = digits()
+    rows = [torch.arange(1000), torch.arange(9), torch.arange(0)]
+    return divide("few", data.train, rows, n_classes=10)
 """
 
 
@@ -77,6 +96,18 @@ REFUSED = {
     "model of other images": (
         "run small.gin -b training_loop.model=@torchvision.models.squeezenet1_1",
         "squeezenet1_1 takes images [3, H, W], not data of shape (1, 8, 8)",
+    ),
+    "two outputs": (
+        "run small.gin helpers.gin -b training_loop.model=@Two",
+        "Two gives a tuple, but it must be one tensor",
+    ),
+    "no test split": (
+        "run small.gin helpers.gin -b training_loop.data=@no_test",
+        "few has 9 images to validate and 0 to test: let each split have some",
+    ),
+    "a metric of several numbers": (
+        "run small.gin -b training_loop.metrics=[@Accuracy,@torchmetrics.ROC];torchmetrics.ROC.task='multiclass'",
+        "a metric does not take SimpleCNN's output",
     ),
     "input too small": (
         "run small.gin helpers.gin -b training_loop.model=@FiveByFive",

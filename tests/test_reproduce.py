@@ -2,12 +2,15 @@
 
 import io
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -126,6 +129,31 @@ def test_a_damaged_or_hostile_archive_is_refused_and_nothing_written(small, main
         assert contents(tmp_path) == before
     archive.unlink()
     assert main("reproduce", "run", "new") == 2
+
+
+def test_a_folder_that_has_lost_its_record_is_refused(small, main, capfd):
+    assert main("train", "run", small, "-b", "training_loop.n_epochs=1") == 0
+    Path("run/meta.json").unlink()
+    capfd.readouterr()
+    assert main("reproduce", "run", "new") == 2
+    assert capfd.readouterr().err == "reproduce.py: run/meta.json: No such file or directory\n"
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_repeated_run(small, main):
+    assert main("train", "run", small, "-b", "training_loop.n_epochs=2") == 0
+    meta = json.loads(Path("run/meta.json").read_text())
+    meta["starts"][0]["config"] += "SGD.lr = 1e-4\ntraining_loop.batch_size = 1\n"  # it takes longer
+    Path("run/meta.json").write_text(json.dumps(meta))
+    command = [sys.executable, str(ROOT / "bin/reproduce.py"), "run", "new"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+    while process.poll() is None and not Path("new/checkpoint.pt").exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert errors.endswith("cannot be repeated: its code ended with exit code 130, see above\n")
+    assert read_meta(Path("new"))["status"] == "stopped"
 
 
 @pytest.mark.slow

@@ -132,6 +132,13 @@ def test_an_early_stopped_run_stays_as_it_is_pruned_or_not(runs, main, capfd):
     assert "checkpoints were deleted" in capfd.readouterr().err
 
 
+def test_what_prune_may_not_delete_is_said(runs, main, capfd):
+    (runs / "a/checkpoint.pt").unlink()
+    (runs / "a/checkpoint.pt").mkdir()
+    assert main("runs", "runs", "--prune", "--yes") == 2
+    assert "runs.py: [Errno " in capfd.readouterr().err
+
+
 def test_prune_leaves_damaged_runs(runs, main, capfd):
     (runs / "a/meta.json").write_text("[]")
     (runs / "b/checkpoint.pt").unlink()

@@ -213,6 +213,11 @@ def test_the_record_says_where_the_time_goes(main):
     assert any("SGD" in event.get("name", "") for event in trace["traceEvents"])
 
 
+def test_a_profile_of_too_few_steps_is_spoken_of(main, capfd):
+    assert main("train", "a", "small.gin", "--profile", "-b", "training_loop.steps_per_epoch=3") == 0
+    assert "a/profile.json was not written: there were too few steps" in capfd.readouterr().out
+
+
 def test_cutout_sets_a_square_to_zero():
     x = torch.ones(200, 3, 16, 12)
     generator = torch.Generator()

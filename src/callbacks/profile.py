@@ -13,8 +13,14 @@ def profile(path: Path) -> poutyne.Callback:
         schedule=torch.profiler.schedule(wait=8, warmup=2, active=20, repeat=1),
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
     )
+
+    def end(logs: object) -> None:
+        profiler.stop()
+        if not path.exists():
+            print(f"{path} was not written: there were too few steps")
+
     return poutyne.LambdaCallback(
         on_train_begin=lambda logs: profiler.start(),
         on_train_batch_end=lambda batch_number, logs: profiler.step(),
-        on_train_end=lambda logs: profiler.stop(),
+        on_train_end=end,
     )

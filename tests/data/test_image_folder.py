@@ -41,6 +41,21 @@ def test_a_file_that_cannot_be_read_is_named(images, n_workers):
     assert str(failed.value).startswith(f"{broken}: cannot be read: ") and "\n" not in str(failed.value)
 
 
+def test_a_broken_test_image_is_named_by_train_and_evaluate(images, main, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.gin").write_text(
+        "training_loop.data = @image_folder\nimage_folder.folder = 'images'\nimage_folder.size = 12\n"
+        "training_loop.model = @MLP\nMLP.n_hidden = (8,)\ntraining_loop.optimizer = @SGD\nSGD.lr = 0.1\n"
+        "training_loop.batch_size = 12\ntraining_loop.n_workers = 0\n"
+    )
+    broken = Path(image_folder("images", size=12).test.x[0])
+    broken.write_bytes(broken.read_bytes()[:40])
+    assert main("train", "run", "a.gin") == 1
+    assert f"train.py: {broken}: cannot be read: " in capfd.readouterr().err
+    assert main("evaluate", "run") == 1
+    assert capfd.readouterr().err.startswith(f"evaluate.py: {broken}: cannot be read: ")
+
+
 def test_batches_are_those_of_the_same_images_in_memory(images):
     data = image_folder("images", size=12, padding=2, flip=False)
     assert (data.input_shape, data.n_classes) == ((3, 12, 12), 3)
