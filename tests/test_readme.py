@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
 ELSEWHERE = (  # tests of their own hold these
     "conda env create --file e.yml",  # test_environment.py: by form, there is no conda here
-    "pytest -n 2 --dist loadfile",  # this
+    "pytest -n 2",  # this
     "source e.sh",  # test_environment.py
 )
 
