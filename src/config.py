@@ -150,7 +150,8 @@ def _read_file(settings: Settings, name: str, including: tuple[Path, ...] = ()) 
     folders = [*(file.parent for file in including[-1:]), Path(), ROOT]
     path = next((path for folder in folders if (path := folder / name).exists()), None)
     if path is None:
-        raise Refused(f"{name}: no such config{nearest(name, map(str, Path(name).parent.glob('*.gin')))}")
+        meant = nearest(name, map(str, Path(name).parent.glob("*.gin"))) or " (settings come after -b)" * ("=" in name)
+        raise Refused(f"{name}: no such config{meant}")
     if any(map(path.samefile, including)):
         raise Refused(f"{path}: includes itself")
     with refused_at(path):
@@ -320,7 +321,8 @@ def _refuse_unfit(part: str, name: str, value: Any) -> None:
         raise Refused(f"{part}.{name} is given by the code, it cannot be set")
     parameter = settable.get(name, settable.get("**"))
     if parameter is None:
-        raise Refused(f"{part} has no parameter {name}{nearest(name, settable)}")
+        meant = nearest(name, settable) or f": there are {', '.join(settable)}"
+        raise Refused(f"{part} has no parameter {name}{meant}")
     if not _fits(_map(lambda reference: _known(reference).wrapped, value, Reference), parameter.annotation):
         expected = inspect.formatannotation(parameter.annotation)
         raise Refused(f"{part}.{name} = {value!r}, but it must be {expected}")

@@ -117,10 +117,9 @@ class TrainingLoop:
         if data.choice is not None:
             run.config = run.config.choose("data", data.choice)
         sizes = {"n_train": n, "n_valid": len(data.valid), "n_test": len(data.test), "n_classes": data.n_classes}
+        if empty := [split for split, size in sizes.items() if not size]:
+            raise Refused(f"{data.name}: {empty[0]} is 0: let each split have some")
         about = {"name": data.name, "fingerprint": data.fingerprint, "input_shape": list(data.input_shape), **sizes}
-        if not (len(data.valid) and len(data.test)):
-            have = f"{len(data.valid)} images to validate and {len(data.test)} to test"
-            raise Refused(f"{data.name} has {have}: let each split have some")
         state = run.last_commit()
         run.refuse_changes(about, state, accept=self.accept_changes)
         is_pruned, state, run.changed = team.share((run.is_pruned, state, run.changed))

@@ -129,6 +129,7 @@ REFUSED_BY_NAME = {
     "a.gin:5: nothing is named SimpleCN (did you mean SimpleCNN?)": "SimpleCN.n_dense = 3",
     "a.gin:5: nothing is named SDG (did you mean SGD?)": "training_loop.optimizer = @SDG",
     "SimpleCNN has no parameter n_filter (did you mean n_filters?)": "SimpleCNN.n_filter = [1]",
+    "SGD has no parameter learning_rate: there are lr, momentum": "SGD.learning_rate = 0.1",
     "SimpleCNN.n_classes is given by the code": "SimpleCNN.n_classes = 3",
     "SGD.params is given by the code": "SGD.params = []",
     "a.gin:5: training_loop.n_epochs = '5', but it must be int": "training_loop.n_epochs = '5'",

@@ -69,6 +69,7 @@ def place(small, tmp_path, monkeypatch):
 
 REFUSED = {
     "no config": ("run no.gin", "no.gin: no such config"),
+    "setting as config": ("run small.gin SGD.lr=1", "SGD.lr=1: no such config (settings come after -b)"),
     "folder as config": ("run foreign", "foreign: Is a directory"),
     "empty config": ("run empty.gin", "empty.gin: is empty"),
     "file as run": ("file small.gin", "file: is a file"),
@@ -103,7 +104,7 @@ REFUSED = {
     ),
     "no test split": (
         "run small.gin helpers.gin -b training_loop.data=@no_test",
-        "few has 9 images to validate and 0 to test: let each split have some",
+        "few: n_test is 0: let each split have some",
     ),
     "a metric of several numbers": (
         "run small.gin -b training_loop.metrics=[@Accuracy,@torchmetrics.ROC];torchmetrics.ROC.task='multiclass'",

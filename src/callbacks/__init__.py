@@ -6,13 +6,11 @@ import sys
 _SPARED = [name for name in ("torchmetrics", "pandas", "matplotlib") if name not in sys.modules]
 sys.modules.update(dict.fromkeys(_SPARED))  # type: ignore[arg-type]
 try:
-    import poutyne
+    import poutyne as poutyne
 finally:
     for name in _SPARED:
         del sys.modules[name]
 
-from src.callbacks.early_stopping import EarlyStopping
-from src.callbacks.lr_schedule import LRSchedule
-from src.callbacks.warmup_cosine import WarmupCosine
-
-__all__ = ["EarlyStopping", "LRSchedule", "WarmupCosine", "poutyne"]
+from src.callbacks.early_stopping import EarlyStopping as EarlyStopping
+from src.callbacks.lr_schedule import LRSchedule as LRSchedule
+from src.callbacks.warmup_cosine import WarmupCosine as WarmupCosine

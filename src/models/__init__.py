@@ -2,8 +2,6 @@
 below. Those of torchvision are registered by name when a config asks for one.
 """
 
-from src.models.mlp import MLP
-from src.models.resnet import ResNet18
-from src.models.simple_cnn import SimpleCNN
-
-__all__ = ["MLP", "ResNet18", "SimpleCNN"]
+from src.models.mlp import MLP as MLP
+from src.models.resnet import ResNet18 as ResNet18
+from src.models.simple_cnn import SimpleCNN as SimpleCNN
