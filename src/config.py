@@ -14,7 +14,6 @@ import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from inspect import Parameter
 from pathlib import Path
 from types import SimpleNamespace
@@ -234,7 +233,12 @@ def read_flat(path: Path) -> dict[str, str]:
 # --- gin's registry -------------------------------------------------------------------------------
 def library(prefix: str) -> Callable[[Register], Register]:
     """Decorates what registers a part of a library once a config names it: its name begins with the prefix."""
-    return partial(LIBRARIES.setdefault, prefix)
+
+    def decorate(register: Register) -> Register:
+        LIBRARIES[prefix] = lambda name: None if name in REGISTRY else register(name)  # gin takes a name only once
+        return LIBRARIES[prefix]
+
+    return decorate
 
 
 def register_builder(full_name: str, build: Callable[..., Any], parameters: Iterable[Parameter]) -> None:
@@ -256,7 +260,7 @@ def _known(part: str) -> Any:
     """What gin knows of a configurable. Raises Refused for a name that is unknown or has several owners."""
     name = part.rpartition("/")[2]
     for prefix, register in LIBRARIES.items():
-        if name.startswith(prefix) and name not in REGISTRY:  # gin takes a name only once
+        if name.startswith(prefix):
             register(name)
     selectors = [s for s in REGISTRY.matching_selectors(name) if _name(s) == name]
     if len(selectors) > 1:
