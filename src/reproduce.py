@@ -25,13 +25,13 @@ def reproduce(run: Path, new: Path) -> None:
     """
     from src.data.dataset import data_dir  # torch comes with it, which comparing does without
 
+    with refused_at(run / "meta.json"):
+        parts = parts_of(read_meta(run)["starts"])
     history = load_history(run)
     if not history:
         raise Refused(f"{run}: has no epoch to compare with")
     if new.exists():
         raise Refused(f"{new}: is there already: choose a new folder for the repeated run")
-    with refused_at(run / "meta.json"):
-        parts = parts_of(read_meta(run)["starts"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the repeated run, which saves and ends
     for k, part in enumerate(parts):
         bindings = [f"training_loop.n_epochs={len(history)}"]

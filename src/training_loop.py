@@ -117,7 +117,7 @@ class TrainingLoop:
         if data.choice is not None:
             run.config = run.config.choose("data", data.choice)
         sizes = {"n_train": n, "n_valid": len(data.valid), "n_test": len(data.test), "n_classes": data.n_classes}
-        if empty := [split for split, size in sizes.items() if not size]:
+        if empty := [split for split in ("n_valid", "n_test") if not sizes[split]]:
             raise Refused(f"{data.name}: {empty[0]} is 0: let each split have some")
         about = {"name": data.name, "fingerprint": data.fingerprint, "input_shape": list(data.input_shape), **sizes}
         state = run.last_commit()
@@ -404,7 +404,7 @@ class Trainer(poutyne.Model):
         changed, name = self.loop.run.changed, self.loop.run.config.flat()["training_loop.optimizer"][1:]
         if not {"training_loop.optimizer", f"{name}.amsgrad"} & changed.keys():  # they begin anew
             self.optimizer.load_state_dict(state["optimizer"])
-        defaults = self.optimizer.defaults
+        defaults = self.optimizer.defaults  # of which the loop sets one: fused
         accepted = {k: v for k, v in defaults.items() if {f"{name}.{k}", f"training_loop.{k}"} & changed.keys()}
         for group in self.optimizer.param_groups:
             base = group.get("initial_lr", group["lr"])  # what schedules start from

@@ -96,7 +96,7 @@ def test_what_differs_is_said(clone):
     assert "run, again: epoch 1, lr: 0.05 -> 0.04 (-0.01)" in done.stdout
     assert "warning: not as it was: torch: 1.0 -> " in done.stderr
     assert "again: is there already: choose a new folder" in call(ROOT, "reproduce.py", "run", "again", code=2).stderr
-    assert "No such file" in call(ROOT, "reproduce.py", "nothing", "new", code=2).stderr
+    assert "nothing/meta.json: No such file" in call(ROOT, "reproduce.py", "nothing", "new", code=2).stderr
 
 
 def archive_with(name: str, kind: bytes = tarfile.REGTYPE) -> bytes:
