@@ -39,6 +39,7 @@ def cifar(tmp_path, monkeypatch):
     return f"cifar10.md5='{make_archive(data_dir() / 'cifar-10-python.tar.gz', n_per_batch=100)}'"
 
 
+@pytest.mark.slow
 def test_debug_layered_on_each_config(cifar, main, capfd):
     for name in CONFIGS:
         first = "digits.gin" if name == "debug.gin" else name

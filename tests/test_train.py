@@ -49,6 +49,7 @@ def test_a_run_leaves_every_file_of_its_folder(small, train):
     assert "SGD.lr=0.03" in (run / "command.sh").read_text()
 
 
+@pytest.mark.slow
 def test_the_recorded_config_and_command_repeat_the_run(small, train):
     assert train("a", small).returncode == 0
     assert train("b", "a/config.gin").returncode == 0
@@ -82,7 +83,9 @@ def test_two_epochs_and_then_on_to_five_are_five(small, main, bindings):
     assert Path("parts/command.sh").read_text().count("# start") == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))]
+)
 def test_a_signal_stops_within_the_epoch_and_the_run_goes_on_exactly(small, start, main, number):
     # 108 small steps an epoch: the signal comes in the middle of one.
     bindings = ("-b", "training_loop.batch_size=10;training_loop.n_epochs=12")
@@ -102,6 +105,7 @@ def test_a_signal_stops_within_the_epoch_and_the_run_goes_on_exactly(small, star
     assert_same_run("whole", "stopped")
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_dead_and_goes_on_exactly(small, start, main):
     bindings = ("-b", "training_loop.batch_size=10;training_loop.n_epochs=8")
     assert main("train", "whole", small, *bindings) == 0
