@@ -53,7 +53,7 @@ class Refused(Exception):
 
 # What the content of a damaged file may lead to, and what a setting may.
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
-MISTAKE = (Refused, ImportError, RecursionError)
+MISTAKE = (Refused, ImportError, RecursionError, SyntaxError)
 
 
 @contextmanager
@@ -149,8 +149,9 @@ def _read_file(settings: Settings, name: str, including: tuple[Path, ...] = ()) 
     folders = [*(file.parent for file in including[-1:]), Path(), ROOT]
     path = next((path for folder in folders if (path := folder / name).exists()), None)
     if path is None:
-        meant = nearest(name, map(str, Path(name).parent.glob("*.gin"))) or " (settings come after -b)" * ("=" in name)
-        raise Refused(f"{name}: no such config{meant}")
+        near = [str(file) for folder in (Path(name).parent, Path("configs")) for file in folder.glob("*.gin")]
+        advice = " (settings come after -b)" if "=" in name else " (RUN_DIR comes first)" * (name[-4:] != ".gin")
+        raise Refused(f"{name}: no such config{nearest(name, near) or advice}")
     if any(map(path.samefile, including)):
         raise Refused(f"{path}: includes itself")
     with refused_at(path):
@@ -167,7 +168,8 @@ def _read_text(settings: Settings, text: str, source: str, files: tuple[Path, ..
         line = getattr(error, "lineno", None) or error.args[1][0]
         said = error.args[0].strip().splitlines()[-1].strip()  # after Python's own words
         where = f"{source}:{line}" if files else source
-        raise Refused(f"{where}: {said} (an unclosed bracket or quote? a text without quotes?)") from None
+        advice = "an unclosed bracket or quote? write @Name for a part, 'text' for a text, True; and ; between settings"
+        raise Refused(f"{where}: {said} ({advice})") from None
     if files and not statements:
         raise Refused(f"{source}: is empty: it sets nothing")
     for statement in statements:
@@ -216,8 +218,10 @@ class Config:
         return replace(self, values=_walk(values.__getitem__))
 
     def choose(self, parameter: str, choice: int) -> "Config":
-        """Puts member `choice` of first_available's list where the loop's `parameter` names first_available."""
-        return self.set(f"{LOOP}.{parameter}", self.values[self.values[LOOP][parameter]]["of"][choice])
+        """Puts member `choice` of first_available's list where the loop's `parameter` names first_available itself."""
+        part = self.values[LOOP][parameter]
+        is_itself = part.rpartition("/")[2] == "first_available"  # else another data set is made from its choice
+        return self.set(f"{LOOP}.{parameter}", self.values[part]["of"][choice]) if is_itself else self
 
 
 def read_flat(path: Path) -> dict[str, str]:
@@ -266,7 +270,9 @@ def _known(part: str) -> Any:
     if len(selectors) > 1:
         raise Refused(f"{name} is the name of several, rename one: {', '.join(sorted(selectors))}")
     if not selectors:
-        raise Refused(f"nothing is named {name}{nearest(name, [_name(s) for s, _ in REGISTRY.items()])}")
+        meant = nearest(name, [_name(s) for s, _ in REGISTRY.items()])
+        advice = ": it needs @gin.register, and its module an import in a config"
+        raise Refused(f"nothing is named {name}{meant or advice}")
     return REGISTRY[selectors[0]]
 
 
@@ -309,12 +315,14 @@ def check(settings: Settings) -> Config:
             if p.default is p.empty and parameter not in {"**", *LOOP_SUPPLIES, *values[part]}:
                 raise Refused(f"{part}.{parameter} has no value: add a line {part}.{parameter} = ... to a config")
     used = {*values, *(part.rpartition("/")[2] for part in values)}
-    unused = [(key, where) for key, (_, where) in settings.bindings.items() if key.rpartition(".")[0] not in used]
-    warnings = [f"{where}: nothing uses {key} in this config" for key, where in unused]
-    for (key, where), warning in zip(unused, warnings, strict=True):
-        if where.startswith("-b "):
-            meant = [f" (did you mean {part}.{key}?)" for part, given in values.items() if key in given]
-            raise Refused(warning + "".join(meant[:1]))
+    unused: dict[str, list[str]] = {}  # by their part: where the first is, and their names
+    for key, (_, where) in settings.bindings.items():
+        if (part := key.rpartition(".")[0]) not in used:
+            if where.startswith("-b "):
+                meant = [f" (did you mean {part}.{key}?)" for part, given in values.items() if key in given]
+                raise Refused(f"{where}: nothing uses {key} in this config" + "".join(meant[:1]))
+            unused.setdefault(part, [where]).append(key)
+    warnings = [f"{where}: nothing uses {', '.join(keys)} in this config" for where, *keys in unused.values()]
     return Config(values, list(settings.imports), warnings)
 
 
@@ -328,7 +336,8 @@ def _refuse_unfit(part: str, name: str, value: Any) -> None:
         meant = nearest(name, settable) or f": there are {', '.join(settable)}"
         raise Refused(f"{part} has no parameter {name}{meant}")
     if not _fits(_map(lambda reference: _known(reference).wrapped, value, Reference), parameter.annotation):
-        expected = inspect.formatannotation(parameter.annotation)
+        expected = re.sub(r"\b(\w+\.)+", "", inspect.formatannotation(parameter.annotation))
+        expected = re.sub(r"Callable\[\.\.\., (\w+)\]", r"@\1", expected).replace("Sequence", "list")
         raise Refused(f"{part}.{name} = {value!r}, but it must be {expected}")
 
 

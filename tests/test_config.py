@@ -60,6 +60,10 @@ def test_a_missing_config_names_the_nearest(write):
     write("a.x = 1", "configs/cnn.gin")
     with pytest.raises(Refused, match=r"no such config.*did you mean configs/cnn.gin"):
         config.read(["configs/cn.gin"])
+    with pytest.raises(Refused, match=r"no such config.*did you mean configs/cnn.gin"):
+        config.read(["config/cnn.gin"])
+    with pytest.raises(Refused, match=r"results/a: no such config \(RUN_DIR comes first\)"):
+        config.read(["results/a"])
     with pytest.raises(Refused, match="configs: Is a directory"):
         config.read(["configs"])
     Path("binary.gin").write_bytes(b"\xff\xfe\x00")
@@ -139,7 +143,8 @@ REFUSED_BY_NAME = {
     "nothing is named SGD() (did you mean SGD?)": "training_loop.optimizer = @SGD()",
     "nothing is named optim.SGD": "training_loop.optimizer = @optim.SGD",
     "training_loop.n_epochs = @SGD, but it must be int": "training_loop.n_epochs = @SGD",
-    "training_loop.model = 'MLP', but it must be": "training_loop.model = 'MLP'",
+    "training_loop.model = 'MLP', but it must be @Module": "training_loop.model = 'MLP'",
+    "callbacks = @LRSchedule, but it must be list[@Callback]": "training_loop.callbacks = @LRSchedule",
     "training_loop.monitor_mode = 'best'": "training_loop.monitor_mode = 'best'",
     "SimpleCNN.n_filters = [8, '16'], but it must be": "SimpleCNN.n_filters = [8, '16']",
     "WarmupCosine.total_steps has no value": "training_loop.callbacks = [@WarmupCosine]",
@@ -148,6 +153,7 @@ REFUSED_BY_NAME = {
     "poutyne has no callback Early": "training_loop.callbacks = [@poutyne.Early]",
     "StepLR has no parameter step (did you mean step_size?)": "StepLR.step = 1",
     "a.gin:5: No module named 'no_such_module'": "import no_such_module",
+    "nothing is named Unheard: it needs @gin.register, and its module an import": "training_loop.model = @Unheard",
 }
 
 
@@ -159,15 +165,22 @@ def test_a_wrong_name_or_type_is_refused_with_its_line(write, message):
     assert "WarmupCosine" in message or "a.gin:5" in refusal.value.message
 
 
+def test_an_imported_module_that_is_no_python_is_named(write, monkeypatch):
+    write("def f(:\n", "is_no_python.py")
+    monkeypatch.syspath_prepend(".")
+    with pytest.raises(Refused, match=r"a\.gin:5: invalid syntax \(is_no_python.py, line 1\)"):
+        checked(write(MINIMAL + "import is_no_python"))
+
+
 def test_what_has_no_value_is_named(write):
     with pytest.raises(Refused, match=r"training_loop\.model has no value"):
         checked(write("training_loop.data = @digits\ntraining_loop.optimizer = @SGD"))
 
 
 def test_an_unused_binding_is_an_error_when_typed_and_a_warning_in_a_file(write):
-    name = write(MINIMAL + "MLP.dropout = 0.1\nunused = 3\n")
-    unused = {"a.gin:5": "MLP.dropout", "a.gin:6": "unused"}
-    assert checked(name).warnings == [f"{where}: nothing uses {key} in this config" for where, key in unused.items()]
+    name = write(MINIMAL + "MLP.dropout = 0.1\nunused = 3\nMLP.n_hidden = (8,)\n")
+    unused = {"a.gin:5": "MLP.dropout, MLP.n_hidden", "a.gin:6": "unused"}
+    assert checked(name).warnings == [f"{where}: nothing uses {keys} in this config" for where, keys in unused.items()]
     for typed in ("MLP.dropout=0.2", "other=1", "big/SimpleCNN.n_dense=7"):
         with pytest.raises(Refused, match="nothing uses"):
             checked(name, b=(typed,))
@@ -201,6 +214,14 @@ def test_first_availables_choice_stays_in_its_scope(write):
     name = write(MINIMAL + "training_loop.data = @few/first_available\nfew/digits.n_train = 100\n")
     chosen = checked(name, b=("first_available.of=[@cifar10, @digits]",)).choose("data", 1).flat()
     assert chosen["training_loop.data"] == "@few/digits" and chosen["few/digits.n_train"] == "100"
+
+
+def test_first_availables_choice_is_not_that_of_a_data_set_made_from_it(write, monkeypatch):
+    write("import gin\n@gin.register\ndef half(of: object):\n    return of()\n", "halves.py")
+    monkeypatch.syspath_prepend(".")
+    made = "import halves\ntraining_loop.data = @half\nhalf.of = @first_available\nfirst_available.of = [@digits]\n"
+    found = checked(write(MINIMAL + made))
+    assert found.choose("data", 0) == found
 
 
 def test_a_setting_can_be_replaced(write):
