@@ -87,6 +87,11 @@ sys.exit(not (3, 11) <= sys.version_info < (3, 15))' > /dev/null 2>&1 && break
             exit 1
         fi
 
+        if [ ! -e .venv/lock ] && compgen -G '.venv/*' > /dev/null; then
+            say "$_e_folder/.venv was not made by e.sh, which would remove what is in it: move it away"
+            exit 1
+        fi
+
         # One at a time. Every process with descriptor 9 holds the lock: pip keeps it even if this
         # shell is killed. Python takes it, since macOS has no flock command.
         mkdir -p .venv && exec 9>> .venv/lock < /dev/null || exit 1

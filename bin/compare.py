@@ -33,6 +33,8 @@ def main(argv: list[str]) -> int:
         print(f"compare.py: {refusal}", file=sys.stderr)
         return 2
     lines = [f"{section:<9} {line}" for section, lines in found.items() for line in lines]
+    if lines and not found["history"]:
+        lines.append("history   no epoch differs")
     print(results.to_json(found) if arguments.json else "\n".join(lines or ["nothing differs"]))
     return int(bool(lines))
 

@@ -24,7 +24,7 @@ from src.config import ROOT, Refused
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    folder = os.environ.get("RESULTS_DIR", os.path.relpath(ROOT / "results"))
+    folder = os.environ.get("RESULTS_DIR") or os.path.relpath(ROOT / "results")
     parser.add_argument("folder", nargs="?", default=folder, help="default: $RESULTS_DIR, results")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     parser.add_argument("--prune", action="store_true", help="list checkpoints of finished runs")
@@ -54,9 +54,10 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     status = f"{row['status']}: {row['problem']}".removesuffix(": ")
     if row["status"] == "unreadable":
         return (name, status, *[""] * 6)
-    numbers = ((row["best"], row["monitor"]), (row["test"], row["monitor"].removeprefix("val_")))
-    found = [f"{metric} {values[metric]:.4g}" if metric in values else "" for values, metric in numbers]
-    return (name, status, *(str(row[k]) for k in ("data", "model", "epochs")), *found, f"{row['seconds']:,.0f} s")
+    best = {name: value for name, value in row["best"].items() if name == row["monitor"]}
+    test = {name: value for name, value in row["test"].items() if name not in ("n", "epoch")}
+    numbers = (results.one_line(found).replace("  ", " ") for found in (best, test))
+    return (name, status, *(str(row[k]) for k in ("data", "model", "epochs")), *numbers, f"{row['seconds']:,.0f} s")
 
 
 def prune(runs: list[Path], *, delete: bool) -> None:

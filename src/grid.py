@@ -41,7 +41,9 @@ def prepare(folder: Path, base: Path, grid: Mapping[str, Sequence[Any]]) -> Path
         if config in configs:
             raise Refused(f"two places of the grid give one run, {name}: let their values differ")
         bindings = [f"{key} = {v if str(v)[:1] in ('@', '%') else repr(v)}" for key, v in settings.items()]
-        configure(read([str(base)], bindings))
+        configure(found := read([str(base)], bindings))
+        if len(found.files) > 1:
+            raise Refused(f"{base}: includes {found.files[1]}: put its lines here, a job's config stands alone")
         configs[config] = "\n".join([shared, *bindings, ""])
         rows.append({"run": name, **settings})
         batch += f"OMP_NUM_THREADS=1 bin/train.py {shlex.join([str(run), str(config)])} -b training_loop.reload=True\n"

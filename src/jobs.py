@@ -1,8 +1,8 @@
 """Runs a batch, a list of shell jobs, one a line, on this machine: by workers or GPUs, until all are finished.
 
-A job's files lie in the folder BATCH.jobs beside the batch, named by the hash of its line: its log and, unless it is
-a run of bin/train.py, the mark that it is finished. Who runs a job locks its log. The job's processes inherit the
-lock: it holds as long as any of them lives, whoever was killed.
+A job's files lie in the folder BATCH.jobs beside the batch, named by the hash of its line, and its run: its log and,
+unless it is a run of bin/train.py, the mark that it is finished. Who runs a job locks its log. The job's processes
+inherit the lock: it holds as long as any of them lives, whoever was killed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from src.stop import SIGNALS
 POLL_SECONDS = 0.1
 # A line that is a single call of bin/train.py with RUN_DIR first, as prepare writes it. Any other is a plain job.
 TRAIN = re.compile(
-    r"""(?P<before>[^;&|'"]*?)(?<!\S)(?P<python>\S*python[\d.]*\s+)?(?P<script>(\S*/)?bin/train\.py)\s+"""
+    r"""(?P<before>[^;&|'"]*?)(?<!\S)(?P<python>\S*python[\d.]*\s+(-\S+\s+)*)?(?P<script>(\S*/)?bin/train\.py)\s+"""
     r"""(?P<run>(?!-)[\w./,=+@-]+|'[^']+')(?P<rest>(\s([^;&|'"]|>&|'[^']*'|"[^"]*")*)?)"""
 )
 # The outer shell outlives the signals that stop a job, so that the mark is right even if the launcher is dead.
@@ -46,7 +46,7 @@ class Job:
 
     line: str
     run: Path | None
-    path: Path  # BATCH.jobs/HASH, with .log or .done
+    path: Path  # BATCH.jobs/HASH.RUN, or HASH, and .log or .done
 
     def __str__(self) -> str:
         return str(self.run or self.line)
@@ -67,8 +67,11 @@ def read_batch(batch: str | Path) -> list[Job]:
         if not line or line.startswith("#"):
             continue
         call = TRAIN.fullmatch(line)
+        run = Path(call["run"].strip("'")) if call else None
         name = hashlib.sha256(line.encode()).hexdigest()[:16]
-        job = Job(line, Path(call["run"].strip("'")) if call else None, Path(f"{batch}.jobs", name))
+        if run:  # no character that a shell takes for a pattern
+            name += "." + re.sub(r"[^\w.,=+@-]+", "_", run.name[:80])
+        job = Job(line, run, Path(f"{batch}.jobs", name))
         if str(job) in jobs:
             raise Refused(f"{batch}:{number}: has the line or run folder of another, {job}: each job needs its own")
         jobs[str(job)] = job
@@ -79,7 +82,7 @@ def state(job: Job) -> str:
     """'waiting' or 'finished'; of a run that has begun the status that `results.overview` gives."""
     if job.run:
         return str(overview(job.run)["status"]) if (job.run / "meta.json").exists() else "waiting"
-    return "finished" if job.path.with_suffix(".done").exists() else "waiting"
+    return "finished" if Path(f"{job.path}.done").exists() else "waiting"
 
 
 def frozen_code(batch: Path) -> Path:
@@ -113,9 +116,7 @@ class Launcher:
     def __init__(self, batch: Path, options: argparse.Namespace, starter: str) -> None:
         self.jobs = [job for job in read_batch(batch) if options.only in (None, job.path.name)]
         if not self.jobs:
-            raise Refused(
-                f"{batch}: holds no job{f' {options.only}' if options.only else ', one shell command a line'}"
-            )
+            raise Refused(f"{batch}: holds no job{f' {options.only}' * bool(options.only)}, one shell command a line")
         self.waiting = [job for job in self.jobs if state(job) != "finished"]
         self.failures: Counter[Job] = Counter()
         self.signals: list[int] = []  # that ask to stop, in their order
@@ -156,7 +157,7 @@ class Launcher:
             while self.waiting and not self.signals:
                 mine = not slot or _lock(gpu)
                 for job in list(self.waiting) if mine else []:
-                    with open(job.path.with_suffix(".log"), "ab") as log:
+                    with open(f"{job.path}.log", "ab") as log:
                         found = state(job) if _lock(log) else "running"
                         if found in ("running", "stalled") or job not in self.waiting or self.signals:
                             continue
@@ -174,7 +175,7 @@ class Launcher:
         log.flush()
         began, log_began, n_passed_on = time.monotonic(), log.tell(), 0
         shell = subprocess.Popen(
-            ["bash", "-c", OUTER, "bash", INNER + line, os.devnull if job.run else job.path.with_suffix(".done")],
+            ["bash", "-c", OUTER, "bash", INNER + line, os.devnull if job.run else f"{job.path}.done"],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[log.fileno(), gpu.fileno()],
             start_new_session=True, env=self.environment | ({"CUDA_VISIBLE_DEVICES": slot} if slot else {}),
         )  # fmt: skip

@@ -158,7 +158,8 @@ def register_torchmetric(full_name: str) -> None:
         if "num_classes" in parameters:
             settings["num_classes"] = n_classes
         built = metric(**settings)
-        built.name = gin.current_scope_str() or re.sub(r"(?<!^)(?=[A-Z])", "_", metric.__name__).lower()
+        words = re.sub(r"(?<=[a-z\d])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", metric.__name__)  # F1_Score, AUROC
+        built.name = gin.current_scope_str() or words.lower()
         built.persistent(True)  # its sums belong in the checkpoint
         built.sync_on_compute = False  # it is given the rows of all processes
         return built

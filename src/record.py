@@ -69,8 +69,8 @@ def code_files() -> dict[str, bytes]:
         files = [f for path in top for f in (path, *path.rglob("*")) if "__pycache__" not in f.parts]
     # Runs and results are no code; and to read the lock of the own run is to lose it.
     others = {ROOT / "results", *(f.parent for f in files if f.name == "HEARTBEAT")}
-    code = [f for f in files if others.isdisjoint(f.parents) and f.is_file() and f.stat().st_size <= MAX_CODE_FILE]
-    return {f.relative_to(ROOT).as_posix(): f.read_bytes() for f in sorted(set(code))}
+    code = {f for f in files if others.isdisjoint(f.parents) and f.is_file() and os.access(f, os.R_OK)}
+    return {f.relative_to(ROOT).as_posix(): f.read_bytes() for f in sorted(code) if f.stat().st_size <= MAX_CODE_FILE}
 
 
 def code_archive(code: Mapping[str, bytes]) -> bytes:

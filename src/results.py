@@ -6,18 +6,19 @@ import itertools
 import json
 import math
 import os
-import textwrap
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 import gin
 
 from src.config import Refused, read, read_flat, refused_at
-from src.record import changes
-from src.run import is_locked, read_checkpoint, read_meta, write
+from src.record import changed_files, changes, code_files
+from src.run import OWN, is_locked, read_checkpoint, read_meta, write
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,10 +90,10 @@ def overview(run: Path) -> dict[str, Any]:
     """
     row: dict[str, Any] = {"run": str(run), "status": "unreadable", "problem": ""}
     try:
-        return row | _read(run)
+        row |= _read(run)
     except Refused as refusal:
-        said = str(refusal).replace(f"{run}/", "")
-        return row | {"problem": textwrap.shorten(said, 160, placeholder=" ...")}
+        row["problem"] = str(refusal).replace(f"{run}/", "")
+    return row | {"problem": shorten(row["problem"], 160, placeholder=" ...")}
 
 
 def _read(run: Path) -> dict[str, Any]:
@@ -111,6 +112,8 @@ def _read(run: Path) -> dict[str, Any]:
             row["problem"] = f"diverged: loss {last['loss']} in epoch {len(history)}"
         elif not last and row["status"] == "finished":
             row["problem"] = "history.csv: holds no epoch"
+        elif row["status"] == "failed" and (log := run / "stderr.txt").exists():
+            row["problem"] = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
     return row | {"test": load_test(run), "config": load_config(run)}
 
 
@@ -205,12 +208,15 @@ def _load(run: Path, weights: Literal["best", "last"]) -> tuple["nn.Module", dic
     path = run / {"best": "best.pt", "last": "checkpoint.pt"}[weights]
     state = read_checkpoint(path)
     with refused_at(run / "meta.json"):
-        data = read_meta(run)["data"]
+        meta = read_meta(run)
+        data, archive = meta["data"], run / meta["code"]
         shapes = {"input_shape": tuple(data["input_shape"]), "n_classes": data["n_classes"]}
-    configure(read([str(run / "config.gin")])).apply()
+    if run.resolve() not in OWN and (changed := changed_files(code_files(), archive)):
+        print(f"warning: {run}: the code is not the run's: {shorten(', '.join(changed), 200)}", file=sys.stderr)
+    configure(read([str((run / "config.gin").absolute())])).apply()
     settings = gin.get_bindings("training_loop")
     with torch.random.fork_rng(devices=[]):
-        network: nn.Module = build(settings["model"], **shapes)
+        network = build(settings["model"], torch.nn.Module, **shapes)
     if settings["precision"] == "fp64":
         network.double()
     with refusing(f"{path}: does not fit the model of the code here"):
@@ -228,20 +234,20 @@ def evaluate(
     """
     import torch
 
-    from src.data.dataset import Batches
+    from src.data.dataset import Batches, Data
     from src.metrics import Sums
     from src.training_loop import build, find_device, forward, memory_format_of
 
     network, best = _load(Path(run), "best")
     settings = gin.get_bindings("training_loop")
-    place, data = find_device(device or settings["device"]), data or settings["data"]()
+    place, data = find_device(device or settings["device"]), data or build(settings["data"], Data)
     here, expected = data.fingerprint, read_meta(Path(run))["data"]["fingerprint"]
     if here != expected:
         raise Refused(f"{run}: the data here is not the run's (fingerprint {here[:12]}, not {expected[:12]})")
     memory_format = memory_format_of(data, settings["channels_last"])
     network.to(place).to(memory_format=memory_format)
-    metrics = [build(m, n_classes=data.n_classes).to(place) for m in settings["metrics"]]
-    sums = Sums(build(settings["loss"]).to(place), metrics)
+    metrics = [build(m, torch.nn.Module, n_classes=data.n_classes).to(place) for m in settings["metrics"]]
+    sums = Sums(build(settings["loss"], torch.nn.Module).to(place), metrics)
     size, limit, n_workers = (settings[name] for name in ("batch_size", "steps_per_epoch", "n_workers"))
     batches = Batches(getattr(data, split), size, None, limit, place, memory_format, n_workers=n_workers)
     outputs, targets = [], []

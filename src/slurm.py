@@ -31,7 +31,7 @@ def submit(batch: Path, options: argparse.Namespace) -> None:
     batch = batch.absolute()  # as it is known to the nodes
     jobs = read_batch(batch)
     tasks = _ask("squeue", "--me", "--noheader", "--array", "--format=%F_%K").split()
-    submitted = {job: job.path.with_suffix(".slurm") for job in jobs}  # these files hold the task of each job
+    submitted = {job: Path(f"{job.path}.slurm") for job in jobs}  # these files hold the task of each job
     queued = [job for job, file in submitted.items() if file.exists() and file.read_text() in tasks]
     todo = [job for job in jobs if job not in queued and state(job) != "finished"]
     print(f"{len(todo)} of {len(jobs)} jobs to submit, {len(queued)} are in the queue", flush=True)

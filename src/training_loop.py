@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import gin
 import numpy as np
@@ -39,6 +39,7 @@ from src.models.summary import summarise
 from src.run import Run, read_checkpoint
 from src.stop import Stopped, StopRequest
 
+Built = TypeVar("Built")
 BUCKET_MB = 25  # of gradients that DistributedDataParallel sums at once
 ADVICE = "try a lower learning rate, or training_loop.detect_anomaly=True"
 LIMITS: dict[str, tuple[float, float]] = {
@@ -88,7 +89,7 @@ class TrainingLoop:
     init_from: str | None = None  # a run's folder: starts from its best weights
     log_every: int = 50  # batches between two looks at the loss; the device is not waited for in between
     steps_per_epoch: int | None = None  # fewer batches an epoch, for debugging; also of validation
-    stop_at: int | None = None  # stops after so many batches in all, committed, as a signal would
+    stop_at: int | None = None  # stops at so many batches in all, or the next one, committed, as a signal would
     n_workers: int | None = None  # processes that read data which are streamed; None: one for each core, 0: none
     sync_batch_norm: bool = True  # of several processes: mean and variance over the rows of all, as a single one has
     detect_anomaly: bool = False  # torch's anomaly detection: names the operation behind a NaN. Slow.
@@ -130,7 +131,7 @@ class TrainingLoop:
 
         # All parts, tried in memory.
         self._set_torch()
-        trainer: Trainer = build(self.trainer or Trainer, loop=self)
+        trainer = build(self.trainer or Trainer, Trainer, loop=self)
         callbacks = build_callbacks(trainer)
         print(try_one_batch(trainer))
         if team.size > 1:
@@ -157,7 +158,8 @@ class TrainingLoop:
         at = Position(**{key: state[key] for key in vars(Position())}) if state else Position()
         at.stopped &= not run.changed
         if {"training_loop.monitor", "training_loop.monitor_mode"} & run.changed.keys():
-            at.best = Position().best
+            value = at.history[at.best["epoch"] - 1].get(self.monitor) if at.best["epoch"] else None
+            at.best["value"] = value  # of the weights that best.pt holds
         first, n_epochs = at.epoch + 1, at.epoch if at.stopped else max(self.n_epochs, at.epoch)
         left = f"epoch {first} to {n_epochs}" if first <= n_epochs else "nothing is left to train"
         print(f"{run.path}: {model_name} on {data.name} ({n} images), {self.place}, {left}")
@@ -185,9 +187,9 @@ class TrainingLoop:
 
     def _fetch(self) -> Data:
         """The data, which are the same for all processes; the first one downloads what is missing."""
-        data: Data | None = build(self.data) if self.team.part.rank == 0 else None
+        data = build(self.data, Data) if self.team.part.rank == 0 else None
         fingerprint = self.team.share(data and data.fingerprint)
-        data = data or build(self.data)
+        data = data or build(self.data, Data)
         if data.fingerprint != fingerprint:
             raise Refused(f"{data.name} is not the same here, for rank {self.team.part.rank}, as for rank 0")
         return data
@@ -218,21 +220,24 @@ def refusing(what: str) -> Iterator[None]:
         raise Refused(f"{what}: {said} ({place.filename}:{place.lineno})") from None
 
 
-def build(builder: Callable[..., Any], **supplied: Any) -> Any:
-    """Calls the builder with those of the supplied arguments that it takes. Raises Refused for what it refuses."""
+def build(builder: Callable[..., Any], kind: type[Built], **supplied: Any) -> Built:
+    """Calls the builder with the supplied arguments that it takes. Raises Refused for an error, another kind."""
     parameters = inspect.signature(builder.__init__ if inspect.isclass(builder) else builder).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     with refusing(builder.__name__):
-        return builder(**{k: v for k, v in supplied.items() if takes_all or k in parameters})
+        built = builder(**{k: v for k, v in supplied.items() if takes_all or k in parameters})
+        if not isinstance(built, kind):
+            raise TypeError(f"gives a {type(built).__name__}, but here it must be a {kind.__name__}")
+        return built
 
 
 def build_optimizer(
     optimizer: Callable[..., torch.optim.Optimizer], parameters: Sequence[nn.Parameter], fused: bool
 ) -> torch.optim.Optimizer:
     """The optimizer, in its fused form if that is wanted, not bound otherwise, and to be had on the device."""
-    built: torch.optim.Optimizer = build(optimizer, params=parameters)
+    built = build(optimizer, torch.optim.Optimizer, params=parameters)
     if fused and built.defaults.get("fused", False) is None and not built.defaults.get("foreach"):
-        with suppress(RuntimeError, ValueError):  # not on this device, or not with these settings
+        with suppress(RuntimeError, TypeError, ValueError):  # not on this device, with these settings, or at all
             built = optimizer(params=parameters, fused=True)
     return built
 
@@ -271,7 +276,7 @@ def build_callbacks(trainer: "Trainer") -> list[poutyne.Callback]:
     what it remembers, or is a scheduler that refuses its settings.
     """
     loop, columns = trainer.loop, [p + name for p in ("", "val_") for name in ("loss", *trainer.sums.names)]
-    callbacks = [build(callback, parameters=trainer.parameters) for callback in loop.callbacks]
+    callbacks = [build(callback, poutyne.Callback, parameters=trainer.parameters) for callback in loop.callbacks]
     monitors = [(type(c).__name__, c.monitor) for c in callbacks if hasattr(c, "monitor")]
     for owner, name in [("training_loop", loop.monitor), *monitors]:
         if name not in columns:
@@ -281,7 +286,7 @@ def build_callbacks(trainer: "Trainer") -> list[poutyne.Callback]:
         external.state_dict(callback)
         if hasattr(callback, "torch_lr_scheduler"):
             with refusing(type(callback).__name__):  # it changes the learning rate of an optimizer to throw away
-                other = build(loop.optimizer, params=[nn.Parameter(torch.zeros(1))])
+                other = build(loop.optimizer, torch.optim.Optimizer, params=[nn.Parameter(torch.zeros(1))])
                 callback.torch_lr_scheduler(other, *callback.args, **callback.kwargs)
     return callbacks
 
@@ -301,8 +306,12 @@ def try_one_batch(trainer: "Trainer") -> str:
             raise Refused(f"{name} gives a {type(output).__name__}, but it must be one tensor")
         if not y.is_floating_point() and list(output.shape[:2]) != expected:
             raise Refused(f"{name} gives an output of shape {list(output.shape)}, but it must be {expected}")
+        if y.is_floating_point() and y.ndim != output.ndim:  # a loss would broadcast them
+            raise Refused(f"{name} gives an output of shape {list(output.shape)} for targets of shape {list(y.shape)}")
         with refusing(f"the loss or a metric does not take {name}'s output"):
-            trainer.sums.update(output, y, batches.n_images(0, 1))
+            loss = trainer.sums.update(output, y, batches.n_images(0, 1))
+            if loss.numel() != 1:
+                raise ValueError(f"the loss gives {loss.numel()} numbers, not one")
             trainer.sums.compute()
             trainer.sums.reset()
         n_last = batches.n_images(batches.n_batches - 1, batches.n_batches)
@@ -358,13 +367,13 @@ class Trainer(poutyne.Model):
     def __init__(self, loop: TrainingLoop) -> None:
         self.loop, self.team, data, place = loop, loop.team, loop.dataset, loop.place
         memory_format = memory_format_of(data, loop.channels_last)
-        network: nn.Module = build(loop.model, input_shape=data.input_shape, n_classes=data.n_classes)
+        network = build(loop.model, nn.Module, input_shape=data.input_shape, n_classes=data.n_classes)
         network.to(place, torch.float64 if loop.precision == "fp64" else None, memory_format=memory_format)  # type: ignore[call-overload]
         if self.team.size > 1 and loop.sync_batch_norm and place.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        metrics = [build(metric, n_classes=data.n_classes).to(place) for metric in loop.metrics]
-        self.sums = Sums(build(loop.loss).to(place), metrics, self.team)
+        metrics = [build(metric, nn.Module, n_classes=data.n_classes).to(place) for metric in loop.metrics]
+        self.sums = Sums(build(loop.loss, nn.Module).to(place), metrics, self.team)
         mean_loss = nn.Module()  # Poutyne asks for it before the metrics, with which it is forgotten
         vars(mean_loss).update(compute=self.sums.mean_loss, reset=lambda: None)
         optimizer = build_optimizer(loop.optimizer, self.parameters, loop.fused)
@@ -402,7 +411,8 @@ class Trainer(poutyne.Model):
             self.averaged.load_state_dict(state["averaged"] or state["network"])
             self.n_averaged = state["n_averaged"]
         changed, name = self.loop.run.changed, self.loop.run.config.flat()["training_loop.optimizer"][1:]
-        if not {"training_loop.optimizer", f"{name}.amsgrad"} & changed.keys():  # they begin anew
+        anew = r".*(training_loop\.optimizer|\.amsgrad|\.centered|RMSprop\.momentum)"  # its state is another one then
+        if not any(re.fullmatch(anew, key) for key in changed):
             self.optimizer.load_state_dict(state["optimizer"])
         defaults = self.optimizer.defaults  # of which the loop sets one: fused
         accepted = {k: v for k, v in defaults.items() if {f"{name}.{k}", f"training_loop.{k}"} & changed.keys()}
@@ -696,7 +706,8 @@ def plain(value: Any) -> Any:
 
 # --- names ----------------------------------------------------------------------------------------
 
-not_offered = (torch.optim.Optimizer, torch.optim.LBFGS)  # LBFGS calls the forward itself, several times a step
+# The second is for sparse gradients, the third calls the forward itself, several times a step.
+not_offered = (torch.optim.Optimizer, torch.optim.SparseAdam, torch.optim.LBFGS)
 for part in vars(torch.optim).values():
     if inspect.isclass(part) and issubclass(part, torch.optim.Optimizer) and part not in not_offered:
         gin.external_configurable(part, module="torch.optim", denylist=["params"])

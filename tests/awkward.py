@@ -67,6 +67,12 @@ def stopped_before_an_epoch(run: Path) -> None:
     meta(status="stopped")(run)
 
 
+def failed(run: Path) -> None:
+    stopped_before_an_epoch(run)
+    meta(status="failed")(run)
+    put("stderr.txt", b"warning: \xff\ntrain.py: the loss is nan at epoch 1, step 7: try a lower learning rate\n")(run)
+
+
 def link_to_itself(run: Path) -> None:
     gone("meta.json")(run)
     (run / "meta.json").symlink_to("meta.json")
@@ -126,4 +132,5 @@ RUNS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "test with a word": ("unreadable", "eval_results.json: could not convert string", tested(acc="high")),
     "test NaN": ("finished", "", tested(acc=float("nan"), loss=float("inf"))),
     "killed": ("dead", "", gone("FINISHED")),
+    "failed": ("failed", "the loss is nan at epoch 1", failed),
 }  # fmt: skip

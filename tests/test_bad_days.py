@@ -362,11 +362,23 @@ def test_accepted_settings_of_a_scheduler_and_another_list_of_callbacks(main):
     assert state["best"]["epoch"] >= 3  # by what is watched now
 
 
-def test_an_accepted_setting_that_the_optimizers_state_lacks(main):
-    adam = "training_loop.optimizer=@AdamW;AdamW.amsgrad={};training_loop.n_epochs={}"
-    assert main("train", "run", "a.gin", "-b", adam.format(False, 1)) == 0
-    accept = "training_loop.accept_changes=True"
-    assert main("train", "run", "a.gin", *RELOAD, "-b", f"{adam.format(True, 2)};{accept}") == 0
+@pytest.mark.parametrize("setting", ["AdamW.amsgrad=True", "RMSprop.centered=True", "RMSprop.momentum=0.9"])
+def test_an_accepted_setting_that_the_optimizers_state_lacks(main, setting):
+    settings = f"training_loop.optimizer=@{setting.partition('.')[0]};training_loop.n_epochs="
+    assert main("train", "run", "a.gin", "-b", f"{settings}1") == 0
+    accepted = f"{settings}2;{setting};training_loop.accept_changes=True"
+    assert main("train", "run", "a.gin", *RELOAD, "-b", accepted) == 0
+
+
+def test_the_best_weights_stay_the_best_by_an_accepted_monitor(main):
+    assert main("train", "run", "a.gin", "-b", "training_loop.n_epochs=2") == 0
+    best = read_checkpoint(Path("run/best.pt"))
+    accepted = "training_loop.accept_changes=True;training_loop.monitor='val_loss';training_loop.monitor_mode='min'"
+    worse = f"{accepted};training_loop.n_epochs=3;SGD.lr=30.0"
+    assert main("train", "run", "a.gin", *RELOAD, "-b", worse) == 0
+    history = results.load_history("run")
+    assert history[-1]["val_loss"] > history[best["epoch"] - 1]["val_loss"]
+    assert read_checkpoint(Path("run/best.pt"))["epoch"] == best["epoch"] == results.evaluate("run")[0]["epoch"]
 
 
 def test_other_last_bits_by_threads_are_warned_of(main, monkeypatch):
@@ -378,14 +390,15 @@ def test_other_last_bits_by_threads_are_warned_of(main, monkeypatch):
 
 def test_the_code_is_the_same_with_git_and_without(tmp_path):
     clone = copy_code(tmp_path / "clone")
-    for name in (".venv/lib.py", "data/a.csv", "results/a/b.py", "e.local.sh", "src/__pycache__/a.pyc"):
+    mine = "experiments/mine/data/parts.py"
+    for name in (".venv/lib.py", "data/a.csv", "results/a/b.py", "e.local.sh", "src/__pycache__/a.pyc", mine):
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / name).touch()
     names = [sys.executable, "-c", "from src.record import code_files; print(*sorted(code_files()), sep='\\n')"]
     printed = [subprocess.run(names, cwd=clone, capture_output=True, text=True, check=True).stdout]
     subprocess.run(["git", "init", "--quiet"], cwd=clone, check=True)
     printed.append(subprocess.run(names, cwd=clone, capture_output=True, text=True, check=True).stdout)
-    assert printed[0] == printed[1] and ".ci/run" in printed[0]
+    assert printed[0] == printed[1] and ".ci/run" in printed[0] and mine in printed[0]
 
 
 def test_a_start_that_committed_nothing_leaves_no_facts(main):
@@ -457,10 +470,14 @@ def test_code_that_has_changed_is_warned_of_and_kept(tmp_path):
             file.write("# changed\n")
     (clone / "src/new.py").write_text("")
     (clone / "src/reproduce.py").unlink()
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
     changed = "src/models/mlp.py, src/new.py, src/reproduce.py"
+    evaluate = [sys.executable, str(clone / "bin/evaluate.py"), "run"]
+    done = subprocess.run(evaluate, check=True, capture_output=True, text=True)
+    assert done.stderr == f"warning: run: the code is not the run's: {changed}\n"
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     warning = f"the code has changed since the run's last start: {changed}"
     assert f"warning: {warning}\n" in done.stderr
+    assert subprocess.run(evaluate, check=True, capture_output=True, text=True).stderr == ""
     meta = read_meta(Path("run"))
     assert meta["warnings"] == [warning]
     assert [start["code"] for start in meta["starts"]] == ["code.tar.gz", "code.2.tar.gz"]

@@ -96,6 +96,16 @@ def test_warmup_cosine_is_torchs(warmup, total, final):
         assert rate(model) == pytest.approx(0.1 * final, abs=1e-12)
 
 
+def test_warmup_cosine_says_once_that_it_is_over(small, main, capfd):
+    steps = "training_loop.callbacks=[@WarmupCosine];WarmupCosine.total_steps={};WarmupCosine.final=0.5"
+    assert main("train", "run", small, "-b", f"{steps.format(22)};training_loop.n_epochs=2") == 0
+    assert "total_steps" not in capfd.readouterr().out
+    goes_on = f"{steps.format(22)};training_loop.n_epochs=3;training_loop.reload=True"
+    assert main("train", "run", small, "-b", goes_on) == 0
+    out = capfd.readouterr().out
+    assert out.count("WarmupCosine: all 22 total_steps are done, the learning rate stays at 0.025") == 1
+
+
 def test_warmup_cosine_at_the_edges():
     factor = WarmupCosine(total_steps=14, warmup_steps=4, final=0.2).factor
     assert [factor(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]

@@ -249,6 +249,19 @@ def wait_until(condition, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_an_environment_of_another_making_stays(tmp_path: Path, link: bool) -> None:
+    clone = Clone(tmp_path)
+    made = tmp_path / "made" if link else clone.venv
+    made.mkdir()
+    (made / "pyvenv.cfg").write_text("precious")
+    if link:
+        clone.venv.symlink_to(made)
+    done = clone.e("true")
+    assert done.returncode == 1 and "was not made by e.sh" in done.stderr
+    assert [file.name for file in made.iterdir()] == ["pyvenv.cfg"]
+
+
 @pytest.mark.parametrize("how", ["here", "by name", "from above", "from elsewhere", "by a link"])
 def test_sourced(clone: Clone, shell: list[str], how: str) -> None:
     link = clone.elsewhere / "link.sh"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from src import results
-from src.jobs import read_batch, state
+from src.jobs import TRAIN, read_batch, state
 from src.run import read_meta
 from tests.conftest import ROOT, copy_code
 from tests.test_refusals import contents
@@ -99,6 +99,8 @@ def test_the_run_folder_of_a_line_is_known_when_the_line_is_a_single_call_of_tra
     ]  # fmt: skip
     jobs = read_batch(batch("# a comment", "", *(f"  {line}" for line in known), *others))
     assert [job.run and str(job.run) for job in jobs] == [*known.values(), *(None for _ in others)]
+    assert TRAIN.fullmatch("A=1 python3 -u bin/train.py r a.gin")["python"] == "python3 -u "  # torchrun takes its place
+    assert jobs[0].path.name.endswith(".a") and jobs[3].path.name.endswith(".l_1_")
     assert [job.line for job in jobs] == [*known, *others] and {state(job) for job in jobs} == {"waiting"}
 
 
@@ -167,12 +169,10 @@ def test_jobs_run_where_the_launcher_was_called_and_leave_log_and_mark(place):
     jobs = read_batch(batch("pwd; echo wrong >&2; cat").rename("sub/batch.sh"))
     printed = launch(path="sub/batch.sh")
     assert re.search(r"\[1/1\] finished  pwd; echo wrong >&2; cat  \d+ s\n1 of 1 jobs are finished\n$", printed)
-    assert (
-        jobs[0].path.with_suffix(".log").read_text() == f"$ {jobs[0].line}\n{place}\nwrong\n"
-    )  # cat had nothing to read
+    assert Path(f"{jobs[0].path}.log").read_text() == f"$ {jobs[0].line}\n{place}\nwrong\n"  # cat had nothing to read
     assert jobs[0].path.parent == Path("sub/batch.sh.jobs") and state(jobs[0]) == "finished"
     assert "0 of 1 jobs to do" in launch(path="sub/batch.sh")
-    assert jobs[0].path.with_suffix(".log").read_text().count("\nwrong") == 1
+    assert Path(f"{jobs[0].path}.log").read_text().count("\nwrong") == 1
     batch("echo another line").rename("sub/batch.sh")
     assert "1 of 1 jobs to do" in launch(path="sub/batch.sh")
 
@@ -412,7 +412,7 @@ def test_killed_workers_and_launchers_change_nothing(place):
         assert results.first_difference(job.run, undisturbed.run) is None
         assert len(results.load_history(job.run)) == 60 and (job.run / "eval_results.json").exists()
         assert [s["status"] for s in read_meta(job.run)["starts"]].count("finished") == 1
-        said = job.path.with_suffix(".log").read_text()
+        said = Path(f"{job.path}.log").read_text()
         assert "is writing to this run" not in said  # no second process was ever started on a run
 
 

@@ -115,7 +115,7 @@ def test_every_command_and_example_works(tmp_path):
             done += 1
     assert done >= 12
     assert len(results.load_history(clone / "save_to_folder")) == 5
-    assert (clone / "model.pt2").exists()
+    assert (clone / "save_to_folder/model.pt2").exists()
     for run in results.find_runs(clone):
         assert results.status(run) == "finished", run
     same = [results.load_history(clone / "results" / run)[-1]["val_loss"] for run in ("wide", "again")]

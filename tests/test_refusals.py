@@ -10,6 +10,8 @@ import pytest
 from tests.conftest import refusal_of_unprivileged
 
 HELPERS = """
+from dataclasses import replace
+
 import gin
 import torch
 from torch import nn
@@ -36,6 +38,13 @@ class Two(nn.Linear):
 
     def forward(self, x):
         return x, x
+
+
+@gin.register
+def numbers():
+    data = digits()
+    splits = [replace(split, y=split.y.float()) for split in (data.train, data.valid, data.test)]
+    return replace(data, **dict(zip(("train", "valid", "test"), splits)), n_classes=1)
 
 
 @gin.register
@@ -105,6 +114,25 @@ REFUSED = {
     "no test split": (
         "run small.gin helpers.gin -b training_loop.data=@no_test",
         "few: n_test is 0: let each split have some",
+    ),
+    "targets of another shape": (
+        "run small.gin helpers.gin -b training_loop.data=@numbers;training_loop.loss=@MSELoss;training_loop.metrics=[];"
+        "training_loop.monitor='val_loss'",
+        "SimpleCNN gives an output of shape [100, 1] for targets of shape [100]",
+    ),
+    "a loss of several numbers": (
+        "run small.gin -b CrossEntropyLoss.reduction='none'",
+        "the loss or a metric does not take SimpleCNN's output: the loss gives 100 numbers, not one",
+    ),
+    "a part of another kind": (
+        "run small.gin -b training_loop.callbacks=[@Accuracy]",
+        "Accuracy: gives a Accuracy, but here it must be a Callback",
+    ),
+    "no data": ("run small.gin -b training_loop.data=@CrossEntropyLoss", "here it must be a Data"),
+    "for sparse gradients": ("run small.gin -b training_loop.optimizer=@SparseAdam", "nothing is named SparseAdam"),
+    "no training images": (
+        "run small.gin -b digits.n_train=0",
+        "train.py: n_train = 0, but there are 1079 images: give 1 to 1079, or None\n",
     ),
     "a metric of several numbers": (
         "run small.gin -b training_loop.metrics=[@Accuracy,@torchmetrics.ROC];torchmetrics.ROC.task='multiclass'",

@@ -1,5 +1,6 @@
 """experiments/tune_lr: prepared, run, paused, reported, copied; what the report says of runs made by hand."""
 
+import contextlib
 import filecmp
 import json
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from src.config import ROOT
-from src.results import find_runs, status
+from src.results import find_runs, mean_interval, status
 
 BASE = "training_loop.data=@digits\ntraining_loop.model=@SimpleCNN\ntraining_loop.optimizer=@SGD\n"
 EXAMPLE = ROOT / "results/example_run"
@@ -194,7 +195,42 @@ def test_a_wrong_name_is_refused_before_anything_is_written(tmp_path):
     base.write_text(f"{BASE}SGD.lrrr = 1\n")
     with pytest.raises(Refused, match=r"base\.gin:4: SGD has no parameter lrrr"):
         prepare(tmp_path / "new", base, {"SGD.lr": [0.1]})
+    (tmp_path / "more.gin").write_text("SGD.momentum = 0.5\n")
+    base.write_text(f"include 'more.gin'\n{BASE}")
+    with pytest.raises(Refused, match=r"base\.gin: includes .*more\.gin: put its lines here"):
+        prepare(tmp_path / "new", base, {"SGD.lr": [0.1]})
     assert not (tmp_path / "new").exists()
+
+
+def test_a_second_setting_with_several_values_is_refused(tmp_path):
+    """The report would take its values for seeds."""
+    shutil.copytree(ROOT / "experiments/tune_lr", tmp_path / "experiments/tune_two")
+    for folder in ("src", "bin"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    script = tmp_path / "experiments/tune_two/main.py"
+    text = script.read_text()
+    assert text.count('"training_loop.batch_size": [64]') == 1
+    script.write_text(text.replace('"training_loop.batch_size": [64]', '"training_loop.batch_size": [64, 128]'))
+    refused = tune(tmp_path / "two", "prepare", script=script, code=2)
+    assert "training_loop.batch_size: only SGD.lr and the seed may have several values" in refused.stderr
+    assert not (tmp_path / "two").exists()
+
+
+def test_every_run_is_within_the_plot(tmp_path, monkeypatch):
+    """Also one that lies outside of the interval of the mean."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments/tune_lr"))
+    import pandas as pd
+    import plots
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    monkeypatch.setattr(plots, "figure", lambda *_: contextlib.nullcontext(axes))
+    values = [95.1, 95.0, 95.2, 94.9, 60.0, 95.0, 95.1, 95.0, 95.2, 94.9]
+    mean, std, half, n = mean_interval(values)
+    table = pd.DataFrame({"value": [0.1], "mean": [mean], "std": [std], "interval": [half], "n": [n]})
+    plots.metric_by_setting(pd.DataFrame({"value": 0.1, "valid": values}), table, "rate", tmp_path / "plot")
+    low, high = axes.get_ylim()
+    assert mean - half > 60 and low < 60 and high > 95.2
 
 
 @pytest.mark.parametrize("command", ["run", "status", "report"])

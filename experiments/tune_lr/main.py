@@ -29,7 +29,7 @@ from src import jobs
 from src.config import Refused
 from src.results import overview
 
-AXIS, LABEL = "SGD.lr", "learning rate"
+AXIS, LABEL = "SGD.lr", "learning rate"  # what is compared
 SIZES: dict[str, dict[str, Sequence[Any]]] = {
     "small": {
         "training_loop.data": ["@digits"],
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     arguments, others = parser.parse_known_args(argv[1:])
     if others and arguments.command != "run":
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    results = os.environ.get("RESULTS_DIR", ROOT / "results")
+    results = os.environ.get("RESULTS_DIR") or ROOT / "results"
     folder = (arguments.folder or Path(results, HERE.name, arguments.size)).absolute()
     os.chdir(ROOT)  # where the lines of batch.sh are to be run
     folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
@@ -66,9 +66,12 @@ def main(argv: list[str]) -> int:
         if arguments.command == "prepare":
             from src import grid  # torch takes a second
 
-            if not all(isinstance(value, int | float) for value in SIZES[arguments.size][AXIS]):
+            settings = SIZES[arguments.size]
+            if not all(isinstance(value, int | float) for value in settings[AXIS]):
                 raise Refused(f"{AXIS}: has a value that is no number: the report compares numbers")
-            grid.prepare(folder, HERE / "base.gin", SIZES[arguments.size])
+            if more := [s for s in settings if len(settings[s]) > 1 and s not in (AXIS, "training_loop.seed")]:
+                raise Refused(f"{more[0]}: only {AXIS} and the seed may have several values: use a --folder for each")
+            grid.prepare(folder, HERE / "base.gin", settings)
             print(f"{batch}: {len(jobs.read_batch(batch))} jobs")
         elif not batch.exists():
             raise Refused(f"{folder}: has no batch.sh: write it with main.py prepare")
@@ -94,9 +97,11 @@ def show_status(batch: Path, every: float | None) -> None:
         states = {job: jobs.state(job) for job in jobs.read_batch(batch)}
         if every and sys.stdout.isatty():
             print(end="\x1b[H\x1b[2J")
+        names = {job: job.run.name if job.run else job.line for job in states}
+        width = max(map(len, names.values()))
         for job, state in states.items():
-            name, done = (job.run.name, progress(job.run)) if job.run else (job.line, "")
-            print(f"{state:9} {name:24} {done}".rstrip(), flush=True)
+            done = progress(job.run) if job.run else ""
+            print(f"{state:9} {names[job]:{width}}  {done}".rstrip(), flush=True)
         if not every or set(states.values()) == {"finished"}:
             return
         time.sleep(every)

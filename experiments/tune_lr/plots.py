@@ -39,6 +39,7 @@ def metric_by_setting(runs: pd.DataFrame, table: pd.DataFrame, label: str, path:
         axes.errorbar(table["value"], table["mean"], table["interval"], capsize=4, label="mean, 95 % interval")
         beside = offset_copy(axes.transData, axes.figure, x=7, units="points")
         axes.scatter(runs["value"], runs["valid"], color=COLOURS[1], s=10, alpha=0.7, transform=beside, label="a run")
+        axes.update_datalim(runs[["value", "valid"]].to_numpy(float))  # so moved, they do not count for its limits
         if table["value"].min() > 0 and table["value"].max() / table["value"].min() > 5:
             axes.set_xscale("log")
         axes.set_xticks(table["value"], table["value"].map("{:g}".format))

@@ -32,6 +32,8 @@ class WarmupCosine(Callback):
         for group in self.model.optimizer.param_groups:
             # initial_lr is torch's name, and is kept in the checkpoint.
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.factor(self.step)
+        if self.step == self.total_steps and self.model.updated:
+            print(f"WarmupCosine: all {self.step} total_steps are done, the learning rate stays at {group['lr']:.3g}")
 
     def on_train_batch_end(self, batch_number: int, logs: dict[str, Any]) -> None:
         self.step += self.model.updated

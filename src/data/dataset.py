@@ -43,6 +43,8 @@ class Split:
 
     def __post_init__(self) -> None:
         assert len(self.x) == len(self.y), f"{len(self.x)} inputs but {len(self.y)} targets"
+        if self.read is None and not (self.x.is_floating_point() or self.x.dtype == torch.uint8):
+            raise TypeError(f"x must be uint8 or float, not {self.x.dtype}: of other whole numbers give x.float()")
 
     def __len__(self) -> int:
         return len(self.y)

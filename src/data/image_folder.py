@@ -55,6 +55,6 @@ def read_image(path: str, size: int) -> Tensor:
     try:
         with Image.open(path) as image:
             fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise Failed(f"{path}: cannot be read: {error}") from None
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()

@@ -131,6 +131,11 @@ def test_float_data_are_normalised_as_they_are_and_not_changed() -> None:
     assert torch.equal(x, before)
 
 
+def test_whole_numbers_but_pixels_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"must be uint8 or float, not torch.int64"):  # they would be divided by 255
+        Split(torch.arange(12).view(4, 3), torch.zeros(4, dtype=torch.int64))
+
+
 def test_lengths_must_agree() -> None:
     with pytest.raises(AssertionError, match="3 inputs but 2 targets"):
         Split(torch.zeros(3, 1, 8, 8), torch.zeros(2))

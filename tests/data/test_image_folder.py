@@ -31,11 +31,14 @@ def images(tmp_path, monkeypatch):
     return tmp_path / "images"
 
 
-@pytest.mark.parametrize("n_workers", [0, 1])
-def test_a_file_that_cannot_be_read_is_named(images, n_workers):
+@pytest.mark.parametrize("n_workers, damage", [(0, "cut off"), (1, "cut off"), (0, "no PNG"), (0, "too large")])
+def test_a_file_that_cannot_be_read_is_named(images, n_workers, damage):
     data = image_folder("images", size=12)
     broken = Path(data.train.x[3])
-    broken.write_bytes(broken.read_bytes()[:40])
+    Image.new("L", (20_000, 10_000) if damage == "too large" else (9, 9)).save(broken, "PNG")
+    whole = broken.read_bytes()
+    kinds = {"cut off": whole[:40], "no PNG": whole.replace(b"IDAT", b"I\0AT"), "too large": whole}
+    broken.write_bytes(kinds[damage])
     with pytest.raises(Failed) as failed:
         list(Batches(data.train, 8, n_workers=n_workers))
     assert str(failed.value).startswith(f"{broken}: cannot be read: ") and "\n" not in str(failed.value)
