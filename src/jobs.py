@@ -70,7 +70,7 @@ def read_batch(batch: str | Path) -> list[Job]:
         run = Path(call["run"].strip("'")) if call else None
         name = hashlib.sha256(line.encode()).hexdigest()[:16]
         if run:  # no character that a shell takes for a pattern
-            name += "." + re.sub(r"[^\w.,=+@-]+", "_", run.name[:80])
+            name += "." + re.sub(r"[^\w.,=+@-]+", "_", run.name[:50])
         job = Job(line, run, Path(f"{batch}.jobs", name))
         if str(job) in jobs:
             raise Refused(f"{batch}:{number}: has the line or run folder of another, {job}: each job needs its own")
