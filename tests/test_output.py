@@ -409,7 +409,7 @@ def test_runs_finish_whatever_becomes_of_the_terminal(loud, request):
     os.close(dead)
 
     assert runs["blocked"].wait(60) == 0
-    assert time.time() - Path("blocked/FINISHED").stat().st_mtime < 2 + 3  # and Python's own end
+    assert time.time() - Path("blocked/FINISHED").stat().st_mtime < 2 + 10  # and Python's own end, on a busy machine
     shown = {name: process.communicate(timeout=60) for name, process in runs.items()}
     os.close(reader)
     os.close(master)
