@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
             table = predictions(targets, outputs)
             table.to_csv(arguments.predictions, index_label="index", float_format="%.6g")
     except (Refused, Failed, OSError) as error:
-        print(f"evaluate.py: {getattr(error, 'message', error)}", file=sys.stderr)
+        print(f"evaluate.py: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
     if arguments.json:
         print(results.to_json({"run": arguments.run_dir, **metrics}))

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     except (Exception, Stopped, SystemExit) as error:
         stop.ignore()
         status, code = getattr(error, "status", "failed"), getattr(error, "exit_code", 1)
-        said = getattr(error, "message", error) if hasattr(error, "exit_code") else run.why_lost(error)  # else a bug
+        said = str(error) if hasattr(error, "exit_code") else run.why_lost(error)  # else it is a bug
         message = f"train.py: {said}" if said else traceback.format_exc()
     return run.close(status, code, message)
 

@@ -214,6 +214,8 @@ def refusing(what: str) -> Iterator[None]:
     """Errors that settings lead to become Refused: `what: the error (file:line)`, where the last code of ours is."""
     try:
         yield
+    except Refused as refusal:
+        raise Refused(refusal.message) from None  # without what gin adds
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ImportError, AssertionError) as error:
         place = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename][-1]
         said = str(error).partition("\n  In call to configurable")[0]  # by gin

@@ -380,6 +380,7 @@ def assert_complete(run_dir: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_runs_finish_whatever_becomes_of_the_terminal(loud, request):
     """They run side by side, since each takes seconds to start."""
     pipe = subprocess.PIPE
@@ -409,7 +410,7 @@ def test_runs_finish_whatever_becomes_of_the_terminal(loud, request):
     os.close(dead)
 
     assert runs["blocked"].wait(60) == 0
-    assert time.time() - Path("blocked/FINISHED").stat().st_mtime < 2 + 10  # and Python's own end, on a busy machine
+    assert time.time() - Path("blocked/FINISHED").stat().st_mtime < 2 + 3  # and Python's own end
     shown = {name: process.communicate(timeout=60) for name, process in runs.items()}
     os.close(reader)
     os.close(master)

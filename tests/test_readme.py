@@ -116,6 +116,7 @@ def test_every_command_and_example_works(tmp_path):
     assert done >= 12
     assert len(results.load_history(clone / "save_to_folder")) == 5
     assert (clone / "save_to_folder/model.pt2").exists()
+    assert results.load_history(clone / "results/norm")[1]["weight_norm"] > 0
     for run in results.find_runs(clone):
         assert results.status(run) == "finished", run
     same = [results.load_history(clone / "results" / run)[-1]["val_loss"] for run in ("wide", "again")]

@@ -98,7 +98,7 @@ def show_status(batch: Path, every: float | None) -> None:
         if every and sys.stdout.isatty():
             print(end="\x1b[H\x1b[2J")
         names = {job: job.run.name if job.run else job.line for job in states}
-        width = max(map(len, names.values()))
+        width = max(map(len, names.values()), default=0)
         for job, state in states.items():
             done = progress(job.run) if job.run else ""
             print(f"{state:9} {names[job]:{width}}  {done}".rstrip(), flush=True)
